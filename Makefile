@@ -1,0 +1,46 @@
+# The four commands a person needs. Each sets up what is missing, once.
+#
+#   make demo    the organism behind a guarded server    ARGS="--once" and the like
+#   make test    the whole test suite                    ARGS="-k clamp"
+#   make check   lint, format, types, import contract
+#   make bench   benchmarks/results/*.json
+
+SHELL := /bin/bash
+PYTHON ?=
+ARGS ?=
+bin := .venv/bin
+# Subprocesses of the tests find `guard`, and a Prometheus of our own, by name.
+export PATH := $(CURDIR)/$(bin):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: .venv/.ready
+	$(bin)/guard demo $(ARGS)
+
+test: .venv/.ready .venv/.prometheus-ready
+	$(bin)/python -m pytest $(ARGS)
+
+check: .venv/.ready
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+
+bench: .venv/.ready
+	$(bin)/python -m benchmarks.overhead $(ARGS)
+
+clean:
+	rm -rf .venv
+
+# Stamps: set up again only when what they were built from has changed.
+.venv/.ready: pyproject.toml .ci/setup
+	PYTHON="$(PYTHON)" .ci/setup venv
+	@touch $@
+
+.venv/.prometheus-ready: .ci/setup | .venv/.ready
+	.ci/setup prometheus
+	@touch $@

@@ -1,0 +1,103 @@
+"""`guard`: every command a person types, and one clear line when it cannot work."""
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from guard import __version__
+from guard.errors import EngineError, GuardError
+from guard.policy import fingerprint, load_policy
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="guard",
+    help="Clamp SAE latents inside vLLM, and watch what the clamp cannot see.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PolicyOption = Annotated[Path, typer.Option("--policy", help="The policy file.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Show it.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"vllm-guard {__version__}")
+        raise typer.Exit
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(context: typer.Context, model: str, policy: PolicyOption) -> None:
+    """Serve MODEL under a policy file; further options are vLLM's own."""
+    try:
+        from vllm_guard import launch
+    except ImportError as error:
+        message = f"The vLLM plugin cannot be imported ({error}); install it anew."
+        raise EngineError(message) from error
+    launch.serve(model, policy, context.args)
+
+
+@app.command()
+def demo(
+    *,
+    once: Annotated[bool, typer.Option(help="Exit after the table.")] = False,
+    port: Annotated[int, typer.Option(help="Where to listen; 0 picks one.")] = 8000,
+    rebuild: Annotated[
+        bool, typer.Option(help="Train model and SAE anew (minutes).")
+    ] = False,
+) -> None:
+    """Serve the organism, show what the guard does to it, and stay up."""
+    from guard.demo import show
+
+    if rebuild:
+        show.rebuild_organism()
+        return
+    show.run_demo(port=port, once=once)
+
+
+@app.command()
+def check(policy: Annotated[Path, typer.Argument(help="The policy file.")]) -> None:
+    """Check a policy file with its SAEs and calibrations, without an engine."""
+    from guard.check import check_policy
+
+    policy_file = load_policy(policy)
+    check_policy(policy_file)
+    for name, entry in policy_file.policies.items():
+        typer.echo(
+            f"{name}: {entry.mode}, {len(entry.clamps)} clamps, "
+            f"{len(entry.monitors)} monitors, {fingerprint(policy_file, name)[:12]}"
+        )
+
+
+@app.command()
+def status(
+    url: Annotated[
+        str, typer.Option(help="Of the server.")
+    ] = "http://localhost:8000",
+) -> None:
+    """Show what a running server says of its guard."""
+    try:
+        with urllib.request.urlopen(f"{url}/guard/status", timeout=10) as answer:  # noqa: S310 - the operator's own url
+            typer.echo(json.dumps(json.load(answer), indent=2))
+    except (urllib.error.URLError, ValueError) as error:
+        message = f"{url} does not answer as a guarded server: {error}."
+        raise EngineError(message) from error
+
+
+def main() -> None:
+    """Run the command line; an error is one line and a non-zero exit."""
+    try:
+        app()
+    except GuardError as error:
+        sys.stderr.write(f"guard: {error}\n")
+        sys.exit(1)

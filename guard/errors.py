@@ -1,0 +1,61 @@
+"""Every error the guard raises on purpose, with a one-line message.
+
+A message says what is wrong, then what would be right. The tree:
+
+    GuardError
+    ├── PolicyError        the policy file cannot be used as it is
+    ├── SaeError           an SAE file cannot be used, or is not the one it claims
+    ├── CalibrationError   a calibration does not fit what it is to judge
+    ├── RequestError       a client asked for what it may not have
+    └── EngineError        an engine, or an option of it, the guard cannot work on
+"""
+
+from typing import Literal
+
+__all__ = [
+    "CalibrationError",
+    "EngineError",
+    "GuardError",
+    "PolicyError",
+    "RequestError",
+    "SaeError",
+]
+
+
+class GuardError(Exception):
+    """What the guard refuses to do, in one line for whoever can mend it."""
+
+
+class PolicyError(GuardError):
+    """A policy file that cannot be used as it is."""
+
+
+class SaeError(GuardError):
+    """An SAE file that cannot be used, or is not the one it claims to be."""
+
+
+class CalibrationError(GuardError):
+    """A calibration that does not fit the SAE, the model or the score."""
+
+
+class RequestError(GuardError):
+    """A request that is malformed (400) or not allowed (403)."""
+
+    def __init__(
+        self, message: str, *, param: str | None = None, status: Literal[400, 403] = 400
+    ) -> None:
+        """Keep the message together with what the HTTP answer needs.
+
+        Args:
+            message: One line: what is wrong; what would be right.
+            param: The request field at fault, as OpenAI's `error.param` names it.
+            status: HTTP status, 400 for malformed and 403 for not allowed.
+        """
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.status = status
+
+
+class EngineError(GuardError):
+    """An engine, or an option of it, that the guard cannot work on."""

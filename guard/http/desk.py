@@ -1,0 +1,155 @@
+"""Who may use which policy, and where an answer's verdicts are found.
+
+The middleware asks a desk; the plugin decides what stands behind it. Runs in
+the API server, in the one event loop that also receives the verdicts.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from guard.errors import RequestError
+from guard.request import TICKET_SECONDS, GuardField, Ticket, sign_ticket
+from guard.verdict import Verdict
+
+if TYPE_CHECKING:
+    from guard.policy import PolicyFile
+
+__all__ = ["Admission", "Desk", "PolicyDesk"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A request let in: under which name and policy, and the proof of it."""
+
+    guard_id: str
+    """Names the request in headers and verdicts."""
+    policy: str
+    """Policy it runs under."""
+    ticket: str
+    """Signed ticket for the engine core."""
+
+
+class Desk(Protocol):
+    """What the middleware asks about a request."""
+
+    def admit(self, field: GuardField, *, authorization: str | None) -> Admission:
+        """Choose the policy of a request.
+
+        Args:
+            field: What the client asked for.
+            authorization: The request's `Authorization` header.
+
+        Raises:
+            RequestError: 400 for an unknown policy, 403 for one not allowed.
+        """
+
+    def verdicts(self, guard_id: str) -> Mapping[int, Verdict]:
+        """Return the latest verdict of each choice, by its index in the answer.
+
+        It covers what the engine has handed over so far. With `n` choices for
+        each of several prompts, choice `i` of prompt `p` has index `p * n + i`.
+        """
+
+    def close(self, guard_id: str) -> None:
+        """Forget a request: its answer is over, or its client gone."""
+
+
+@dataclass(slots=True)
+class _Visit:
+    policy: str
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+
+
+class PolicyDesk:
+    """The desk of a policy file: public policies for everyone."""
+
+    def __init__(
+        self,
+        policy_file: "PolicyFile",
+        fingerprints: Mapping[str, str],
+        *,
+        secret: bytes,
+        max_open: int = 65536,
+    ) -> None:
+        """Open the desk.
+
+        Args:
+            policy_file: Which policies there are, and which are public.
+            fingerprints: Policy name to fingerprint; a verdict must match.
+            secret: Per-start secret shared with the engine core.
+            max_open: Requests remembered at once. Beyond it the oldest is
+                forgotten, and its answer fails closed.
+        """
+        self._default = policy_file.default_policy
+        self._known = frozenset(policy_file.policies)
+        self._public = frozenset(policy_file.public_policies)
+        self._fingerprints = dict(fingerprints)
+        self._secret = secret
+        self._max_open = max_open
+        self._visits: dict[str, _Visit] = {}
+
+    def admit(self, field: GuardField, *, authorization: str | None) -> Admission:
+        """Let a request in under a public policy; there are no tenants yet.
+
+        Raises:
+            RequestError: 400 for an unknown policy, 403 for one not public.
+        """
+        del authorization
+        policy = self._default if field.policy is None else field.policy
+        if policy not in self._known:
+            raise RequestError(
+                "The policy in 'guard.policy' does not exist; expected one that "
+                "the operator offers, or none for the default.",
+                param="guard.policy",
+            )
+        if policy not in self._public:
+            raise RequestError(
+                "The policy in 'guard.policy' is not open to this client; expected "
+                "one that the operator offers, or none for the default.",
+                param="guard.policy",
+                status=403,
+            )
+        guard_id = f"guard-{secrets.token_hex(16)}"
+        expires = time.time() + TICKET_SECONDS
+        ticket = Ticket(guard_id, policy, field.trace, expires)
+        admission = Admission(guard_id, policy, sign_ticket(ticket, self._secret))
+        while len(self._visits) >= self._max_open:
+            self._visits.pop(next(iter(self._visits)))
+        self._visits[guard_id] = _Visit(policy)
+        return admission
+
+    def record(self, guard_id: str, choice: int, verdict: Verdict) -> None:
+        """Keep the latest verdict of a choice, until the request is closed.
+
+        A verdict of another policy than the admitted one is not kept, so the
+        answer fails closed.
+
+        Args:
+            guard_id: From the ticket that the engine core read.
+            choice: Index in the answer, as in `Desk.verdicts`.
+            verdict: Its running total.
+        """
+        visit = self._visits.get(guard_id)
+        if visit is None:
+            return
+        known = self._fingerprints[visit.policy]
+        if verdict.policy != visit.policy or verdict.fingerprint != known:
+            logger.error("Request %s was judged under another policy.", guard_id)
+            visit.verdicts.pop(choice, None)
+            return
+        visit.verdicts[choice] = verdict
+
+    def verdicts(self, guard_id: str) -> Mapping[int, Verdict]:
+        """Return the latest verdict of each choice."""
+        visit = self._visits.get(guard_id)
+        return {} if visit is None else visit.verdicts
+
+    def close(self, guard_id: str) -> None:
+        """Forget a request."""
+        self._visits.pop(guard_id, None)

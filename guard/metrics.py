@@ -1,0 +1,232 @@
+"""Every Prometheus collector of the guard, declared once.
+
+Lives in the API server, which counts from the readings that arrive with the
+tokens; the engine's own `/metrics` shows it. Labels come from closed sets, and
+children exist before the first event, so that `rate()` sees that event too.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, get_args
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from guard import __version__
+
+if TYPE_CHECKING:
+    from guard.policy import PolicyFile
+    from guard.verdict import Verdict
+
+__all__ = ["Component", "Metrics", "Phase", "UnscoredReason"]
+
+Phase = Literal["prefill", "decode"]
+"""Whether a token was read from the prompt or generated."""
+
+Component = Literal["http", "engine", "worker"]
+"""Where an internal failure was noticed."""
+
+UnscoredReason = Literal["no_reading", "no_score"]
+"""The step brought no reading; or the token's cached score was not there."""
+
+_RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+_ERROR = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0)
+_ACTIVATION = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_POSITION = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
+_CEILING = 1e6
+
+
+class Metrics:
+    """The guard's collectors on one registry, and the few ways to move them."""
+
+    def __init__(
+        self,
+        policy_file: "PolicyFile",
+        *,
+        fingerprints: Mapping[str, str],
+        digests: Mapping[str, str],
+        registry: CollectorRegistry = REGISTRY,
+    ) -> None:
+        """Declare the collectors and every child a policy file can ever need.
+
+        Args:
+            policy_file: Names the policies, clamps, monitors and SAEs.
+            fingerprints: Policy name to fingerprint.
+            digests: SAE name to the sha256 of its weights.
+            registry: Where the collectors are registered, once.
+        """
+        self._declare_counters(registry)
+        self._declare_histograms(registry)
+        self._create_children(policy_file)
+        _declare_infos(registry, policy_file, fingerprints, digests)
+
+    def count_tokens(self, phase: Phase, tokens: int) -> None:
+        """Count tokens that passed through the hooks."""
+        self._tokens.labels(phase).inc(tokens)
+
+    def count_unscored(self, reason: UnscoredReason, tokens: int) -> None:
+        """Count tokens whose scores cannot be known."""
+        self._unscored.labels(reason).inc(tokens)
+
+    def count_error(self, component: Component) -> None:
+        """Count one internal failure of the guard."""
+        self._errors.labels(component).inc()
+
+    def observe_error_norm(self, ratio: float) -> None:
+        """Take in |error| / |resid|."""
+        self._error_norm.observe(_bound(ratio))
+
+    def observe_clamp_residual(self, activation: float) -> None:
+        """Take in the activation that clamped latents still have when re-encoded."""
+        self._clamp_residual.observe(_bound(activation))
+
+    def observe_progress(self, before: "Verdict | None", now: "Verdict") -> None:
+        """Count what a verdict adds to the one before it for the same choice."""
+        for clamp, tokens in now.clamped_tokens.items():
+            known = before.clamped_tokens.get(clamp, 0) if before else 0
+            if tokens > known:
+                self._clamped.labels(now.policy, clamp).inc(tokens - known)
+
+    def finish(self, verdict: "Verdict", ratios: Mapping[str, float]) -> None:
+        """Count a request that is over: its action, its alarms, its scores.
+
+        Args:
+            verdict: The last one.
+            ratios: Largest score over threshold, by monitor.
+        """
+        policy = verdict.policy
+        self._requests.labels(policy, verdict.mode, verdict.action).inc()
+        for monitor, ratio in ratios.items():
+            self._score_ratio.labels(policy, monitor).observe(_bound(ratio))
+        for alarm in verdict.alarms:
+            self._alarms.labels(policy, alarm.monitor, alarm.stage, alarm.action).inc()
+            if alarm.position is not None:
+                self._alarm_position.observe(alarm.position)
+
+    def _declare_counters(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "guard_requests",
+            "Requests that are over, by what was decided.",
+            ["policy", "mode", "action"],
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "guard_tokens",
+            "Tokens that passed through the hooks, recomputed ones included.",
+            ["phase"],
+            registry=registry,
+        )
+        self._clamped = Counter(
+            "guard_clamped_tokens",
+            "Tokens that a clamp changed.",
+            ["policy", "clamp"],
+            registry=registry,
+        )
+        self._alarms = Counter(
+            "guard_alarms",
+            "Monitors above their threshold, at most once per request.",
+            ["policy", "monitor", "stage", "action"],
+            registry=registry,
+        )
+        self._errors = Counter(
+            "guard_errors",
+            "Internal failures of the guard; each failed closed.",
+            ["component"],
+            registry=registry,
+        )
+        self._unscored = Counter(
+            "guard_unscored_tokens",
+            "Tokens whose scores cannot be known.",
+            ["reason"],
+            registry=registry,
+        )
+
+    def _declare_histograms(self, registry: CollectorRegistry) -> None:
+        self._score_ratio = Histogram(
+            "guard_score_ratio",
+            "Largest score of a request over its threshold; an alarm is above 1.",
+            ["policy", "monitor"],
+            buckets=_RATIO,
+            registry=registry,
+        )
+        self._error_norm = Histogram(
+            "guard_error_norm_ratio",
+            "Norm of the SAE reconstruction error over the norm of the stream.",
+            buckets=_ERROR,
+            registry=registry,
+        )
+        self._alarm_position = Histogram(
+            "guard_alarm_position_tokens",
+            "Token position of an alarm, counted from the start of the prompt.",
+            buckets=_POSITION,
+            registry=registry,
+        )
+        self._clamp_residual = Histogram(
+            "guard_clamp_residual_activation",
+            "Activation that clamped latents still have when encoded again.",
+            buckets=_ACTIVATION,
+            registry=registry,
+        )
+
+    def _create_children(self, policy_file: "PolicyFile") -> None:
+        for phase in get_args(Phase):
+            self._tokens.labels(phase)
+        for component in get_args(Component):
+            self._errors.labels(component)
+        for reason in get_args(UnscoredReason):
+            self._unscored.labels(reason)
+        for name, policy in policy_file.policies.items():
+            actions = ("allow", "flag", "block")
+            for action in actions if policy.mode == "enforce" else actions[:2]:
+                self._requests.labels(name, policy.mode, action)
+            for rule in policy.clamps:
+                self._clamped.labels(name, rule.name)
+            for monitor in policy.monitors:
+                self._score_ratio.labels(name, monitor.name)
+                action = monitor.on_alarm if policy.mode == "enforce" else "flag"
+                for stage in ("prompt", "output"):
+                    self._alarms.labels(name, monitor.name, stage, action)
+
+
+def _declare_infos(
+    registry: CollectorRegistry,
+    policy_file: "PolicyFile",
+    fingerprints: Mapping[str, str],
+    digests: Mapping[str, str],
+) -> None:
+    """Declare the constant series: gauges at 1 with facts as labels.
+
+    prometheus_client's Info does not work over several processes.
+    """
+    _declare_info(registry, "guard_info", "The guard is loaded.", ["version"]).labels(
+        __version__
+    ).set(1)
+    policies = _declare_info(
+        registry,
+        "guard_policy_info",
+        "Policies served, by fingerprint of their content.",
+        ["policy", "fingerprint"],
+    )
+    for name in policy_file.policies:
+        policies.labels(name, fingerprints[name]).set(1)
+    saes = _declare_info(
+        registry,
+        "guard_sae_info",
+        "Sparse autoencoders in use.",
+        ["sae", "hook_point", "sha256"],
+    )
+    for name, sae in policy_file.saes.items():
+        saes.labels(name, str(sae.hook_point), digests[name]).set(1)
+
+
+def _declare_info(
+    registry: CollectorRegistry, name: str, text: str, labels: list[str]
+) -> Gauge:
+    return Gauge(name, text, labels, multiprocess_mode="max", registry=registry)
+
+
+def _bound(number: float) -> float:
+    """Return a number that leaves a histogram's sum usable.
+
+    What is not finite is an alarm, so it counts as very large.
+    """
+    return min(number, _CEILING) if math.isfinite(number) else _CEILING

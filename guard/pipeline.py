@@ -1,0 +1,233 @@
+"""The guard at one hook point: what happens to a step's token rows there.
+
+Runs in the worker, inside the graph, on buffers that live as long as the model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from guard.calibration import Calibration
+from guard.clamp import Clamp, Rows
+from guard.errors import CalibrationError
+from guard.hook import HookPoint
+from guard.monitor import Activations, Column, Monitor, list_columns
+from guard.policy import MAX_RULES, PolicyFile
+from guard.sae.model import Sae
+
+__all__ = ["Guard", "Marks", "StepBuffers", "build_guards", "read_resid"]
+
+_TINY = 1e-12
+
+
+class Marks(NamedTuple):
+    """Notes on every row of a step, int32 `[num_tokens]`."""
+
+    clamped: Tensor
+    """Bit r is set where rule r of the row's policy changed the token."""
+    fired: Tensor
+    """Bit r is set where the sticky condition of rule r held at the token."""
+    visits: Tensor
+    """Hooks the row has passed: proof that it was guarded."""
+
+
+class StepBuffers(nn.Module):
+    """Where a step's rows come in and its readings go out, shared by all hook points.
+
+    Written before the step by the host, and during the step by every hook; fixed
+    addresses, so that a captured graph can read them. What comes in is one tensor,
+    so that it takes one copy.
+    """
+
+    rows_in: Tensor  # [max_tokens, 3] slot, request and start of `Rows`
+    state: Tensor  # [max_requests + 1, MAX_RULES] sticky conditions met so far
+    scores: Tensor  # [max_tokens, num_columns]
+    marks: Tensor  # [max_tokens, 3] the bits `clamped` and `fired`, and the visits
+
+    def __init__(self, *, max_tokens: int, max_requests: int, num_columns: int) -> None:
+        """Allocate everything; nothing is allocated later."""
+        super().__init__()
+
+        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+            tensor = torch.zeros(shape, dtype=dtype)
+            self.register_buffer(name, tensor, persistent=False)
+
+        buffer("rows_in", (max_tokens, 3), torch.int64)
+        buffer("state", (max_requests + 1, MAX_RULES), torch.uint8)
+        buffer("scores", (max_tokens, num_columns), torch.float32)
+        buffer("marks", (max_tokens, 3), torch.int32)
+
+    def rows(self, num_tokens: int) -> Rows:
+        """Return whose tokens the first `num_tokens` rows are."""
+        slot, request, start = self.rows_in[:num_tokens].unbind(1)
+        return Rows(slot, request, start)
+
+    def marks_of(self, num_tokens: int) -> Marks:
+        """Return what the hooks noted on the first `num_tokens` rows."""
+        return Marks(*self.marks[:num_tokens].unbind(1))
+
+    def clear(self) -> None:
+        """Forget the step: no row belongs to a policy, and nothing was read."""
+        self.rows_in.zero_()
+        self.scores.zero_()
+        self.marks.zero_()
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """The columns one SAE fills, where it is monitored at all."""
+
+    error_ratio: int
+    clamp_residual: int
+
+
+class _Dictionary(nn.Module):
+    """One SAE at the hook point, with what the policies want of it."""
+
+    def __init__(
+        self,
+        name: str,
+        clamp: Clamp,
+        monitor: Monitor,
+        watched: _Watched | None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.sae = clamp.sae
+        self.clamp = clamp
+        self.monitor = monitor
+        self.watched = watched
+
+
+class Guard(nn.Module):
+    """Clamp and monitor at one hook point, for the rows of all policies at once."""
+
+    def __init__(
+        self,
+        hook_point: HookPoint,
+        dictionaries: Sequence[_Dictionary],
+        step: StepBuffers,
+    ) -> None:
+        """Keep the parts; `build_guards` makes them from a policy file."""
+        super().__init__()
+        self.hook_point = hook_point
+        self.dictionaries = nn.ModuleList(dictionaries)
+        self.step = step
+        self.has_clamps = any(len(part.clamp.columns) for part in dictionaries)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None) -> None:
+        """Clamp the rows in place, score what flows on, and leave the readings.
+
+        Args:
+            hidden_states: A layer's output, `[num_tokens, d_model]`, any float dtype;
+                the clamp's delta is added to it.
+            residual: The other half of the stream, where the layer returns two.
+        """
+        rows = self.step.rows(len(hidden_states))
+        if self.has_clamps:
+            self._clamp(hidden_states, residual, rows)
+        self._monitor(read_resid(hidden_states, residual), rows)
+        self.step.marks_of(len(hidden_states)).visits.add_(1)
+
+    def _clamp(
+        self, hidden_states: Tensor, residual: Tensor | None, rows: Rows
+    ) -> None:
+        resid = read_resid(hidden_states, residual)
+        marks = self.step.marks_of(len(resid))
+        total = torch.zeros_like(resid)
+        touched = torch.zeros_like(rows.slot, dtype=torch.bool)
+        for part in self.dictionaries:
+            clamped = part.clamp(resid, rows, state=self.step.state)
+            total += clamped.delta
+            touched |= clamped.touched
+            marks.clamped.bitwise_or_(clamped.clamped)
+            marks.fired.bitwise_or_(clamped.fired)
+        moved = (hidden_states.float() + total).to(hidden_states.dtype)
+        # A row that nothing touches keeps its bits: -0.0 + 0.0 would not.
+        hidden_states.copy_(torch.where(touched[:, None], moved, hidden_states))
+
+    def _monitor(self, resid: Tensor, rows: Rows) -> None:
+        scores = self.step.scores[: len(resid)]
+        keep = rows.slot > 0
+        for part in self.dictionaries:
+            if part.watched is None:
+                continue
+            encoded = part.sae.encode(resid)
+            error = resid - part.sae.decode(encoded)
+            activations = Activations(resid, error)
+            part.monitor(activations, out=scores, keep=keep)
+            ratio = error.norm(dim=1) / resid.norm(dim=1).clamp(min=_TINY)
+            scores[:, part.watched.error_ratio] = torch.where(keep, ratio, 0.0)
+            if len(part.clamp.columns):
+                left = part.clamp.residual_activation(encoded, rows.slot)
+                scores[:, part.watched.clamp_residual] = left
+
+
+def read_resid(hidden_states: Tensor, residual: Tensor | None) -> Tensor:
+    """Return the residual stream in fp32, from vLLM's halves or from one tensor."""
+    resid = hidden_states.float()
+    return resid if residual is None else resid + residual.float()
+
+
+def build_guards(
+    policy_file: PolicyFile,
+    saes: Mapping[str, Sae],
+    calibrations: Mapping[str, Calibration],
+    step: StepBuffers,
+) -> dict[HookPoint, Guard]:
+    """Compile a policy file into one guard for each hook point it uses.
+
+    Args:
+        policy_file: Slot s is its s-th policy, counted from 1.
+        saes: The SAEs any policy uses, by name.
+        calibrations: By path, as the monitors name them.
+        step: What all guards read and write.
+
+    Raises:
+        CalibrationError: A calibration was made for another score, hook point or SAE.
+        SaeError: A rule does not fit its SAE.
+    """
+    columns = list_columns(policy_file)
+    policies = list(policy_file.policies.values())
+    places: dict[HookPoint, list[_Dictionary]] = {}
+    for name, sae in saes.items():
+        source = policy_file.saes[name]
+        own = [(i, column) for i, column in enumerate(columns) if column.sae == name]
+        for _, column in own:
+            _check_calibration(column, source.hook_point, source.sha256, calibrations)
+        numbers = {column.score: i for i, column in own if column.calibration is None}
+        statistics = {path: c.statistics for path, c in calibrations.items()}
+        part = _Dictionary(
+            name,
+            Clamp(policies, sae_name=name, sae=sae),
+            Monitor(own, statistics),
+            _Watched(**numbers) if numbers else None,
+        )
+        places.setdefault(HookPoint.parse(source.hook_point), []).append(part)
+    return {at: Guard(at, parts, step) for at, parts in sorted(places.items())}
+
+
+def _check_calibration(
+    column: Column,
+    hook_point: str,
+    sha256: str,
+    calibrations: Mapping[str, Calibration],
+) -> None:
+    if column.calibration is None:
+        return
+    calibration = calibrations[column.calibration]
+    found = (
+        calibration.score,
+        calibration.hook_point,
+        calibration.provenance.get("sae_sha256", sha256),
+    )
+    wanted = (column.score, hook_point, sha256)
+    if found != wanted:
+        message = (
+            f"{column.calibration}: made for (score, hook point, SAE) {found}; "
+            f"expected {wanted}."
+        )
+        raise CalibrationError(message)

@@ -1,0 +1,729 @@
+"""The policy file: what may be asked of the guard, read once and then frozen.
+
+`load_policy` reads YAML; whatever is wrong is one line with the file, the line and
+the key. Keys that a later version acts on are known here and refused by name, so
+that nobody believes in a protection that is not there.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from guard.errors import PolicyError
+
+__all__ = [
+    "Drill",
+    "Monitor",
+    "Policy",
+    "PolicyFile",
+    "Rule",
+    "SaeSource",
+    "Tenant",
+    "When",
+    "file_fingerprint",
+    "fingerprint",
+    "load_policy",
+]
+
+Mode = Literal["observe", "enforce"]
+"""`observe` computes and reports; `enforce` changes what the model does."""
+Law = Literal["ablate", "set", "cap", "floor", "scale", "project"]
+"""What a clamp makes of an activation z: 0, c, min(z, c), max(z, c), k * z."""
+Unit = Literal["native", "unit_norm", "max"]
+"""As the SAE file reports it; per unit decoder norm; in calibrated maxima."""
+Scope = Literal["token", "request"]
+"""Where a condition must have held: at this token, or at any so far."""
+ScoreName = Literal["error_norm", "density", "error", "probe", "clamp_residual"]
+"""What a monitor may watch."""
+OnAlarm = Literal["flag", "block"]
+"""What an alarm does under `enforce`; under `observe` it is reported only."""
+
+_T = TypeVar("_T")
+
+MAX_RULES = 24
+"""Clamps of one policy: each is a bit of an int32 in the engine."""
+MAX_FILE_BYTES = 1 << 20
+
+_LATER: Mapping[str, frozenset[str]] = {
+    "law": frozenset({"project"}),
+    "score": frozenset({"error", "probe", "clamp_residual"}),
+}
+"""Choices that are known to the schema and not built yet."""
+
+
+def _refuse(message: str, *at: str | int, kind: str = "fault") -> NoReturn:
+    """Raise what the loader shows as one line.
+
+    Args:
+        message: What is wrong; what would be right.
+        at: Keys and indices from the model that is being checked to the culprit.
+        kind: `fault`, or `later` for what is known but not built.
+    """
+    raise PydanticCustomError(kind, "{message}", {"message": message, "at": at})
+
+
+def _check_name(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value) is None:
+        _refuse(
+            f"{value!r} is not a name; expected 1 to 64 letters, digits, '_', '.', '-'"
+        )
+    return value
+
+
+def _check_hook_point(value: str) -> str:
+    if re.fullmatch(r"layers\.(0|[1-9]\d{0,4})\.resid_post", value) is None:
+        _refuse(f"{value!r} is not a hook point; expected layers.<n>.resid_post")
+    return value
+
+
+def _check_sha256(value: str) -> str:
+    if re.fullmatch(r"[0-9a-fA-F]{64}", value) is None:
+        _refuse("is not a sha256; expected 64 hexadecimal digits")
+    return value.lower()
+
+
+def _check_finite(value: float) -> float:
+    if not math.isfinite(value):
+        _refuse(f"{value} is not a finite number; expected one")
+    return value
+
+
+def _check_built(value: str, info: ValidationInfo) -> str:
+    if value in _LATER[str(info.field_name)]:
+        _refuse(
+            f"{value!r} is not built yet; expected one of "
+            f"{_choices(str(info.field_name))}",
+            kind="later",
+        )
+    return value
+
+
+def _resolve(value: Path, info: ValidationInfo) -> Path:
+    if not value.name or "\0" in str(value):
+        _refuse(f"{_short(str(value))} is not the path of a file or folder")
+    return Path((info.context or {}).get("folder", "")) / value
+
+
+def _refuse_entries(value: object) -> tuple[()]:
+    if value:
+        _refuse("is not built yet; leave the key out", kind="later")
+    return ()
+
+
+def _refuse_hold(value: int) -> int:
+    if value > 0:
+        _refuse("holding back tokens is not built yet; expected 0", kind="later")
+    return value
+
+
+def _refuse_stable(value: bool) -> bool:
+    if value:
+        _refuse("measuring stability is not built yet; expected false", kind="later")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+HookPointName = Annotated[str, AfterValidator(_check_hook_point)]
+Sha256 = Annotated[str, AfterValidator(_check_sha256)]
+Finite = Annotated[float, AfterValidator(_check_finite)]
+FilePath = Annotated[Path, AfterValidator(_resolve)]
+Latent = Annotated[int, Field(ge=0, lt=2**31)]
+Latents = Annotated[tuple[Latent, ...], Field(min_length=1, max_length=4096)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SaeSource(_Frozen):
+    """Where an SAE lies, how it is read, and the digest it must have."""
+
+    path: FilePath
+    """Folder; relative to the policy file."""
+    format: Literal["guard", "sae_lens"]
+    """Layout of the folder."""
+    hook_point: HookPointName
+    """Where it is hooked; refused when it was trained elsewhere."""
+    sha256: Sha256
+    """Of the weights file; checked before it is parsed."""
+
+
+class When(_Frozen):
+    """A condition on other latents of the same SAE, before any clamp."""
+
+    latents: Latents
+    """Any one of them above the bar is enough."""
+    above: Annotated[Finite, Field(ge=0)] = 0.0
+    """Activation, in the unit of the SAE file, that must be exceeded."""
+    scope: Scope = "token"
+    """`request`: once it held, it holds for the tokens that follow too."""
+
+
+class Rule(_Frozen):
+    """One entry of `clamps`: latents held by one law."""
+
+    name: Name
+    """Its name in verdicts and metrics."""
+    sae: Name
+    """Key of `saes`."""
+    latents: Latents
+    """Indices of the latents that are held."""
+    law: Annotated[Law, AfterValidator(_check_built)]
+    """What is done to each activation."""
+    value: Finite | None = None
+    """The constant of the law; `ablate` has none."""
+    if_active: bool = False
+    """Only where the latent is active; with `set` only."""
+    unit: Unit = "native"
+    """In which unit `value` is given."""
+    when: When | None = None
+    """Left out: always."""
+
+    @model_validator(mode="after")
+    def _check_law(self) -> Self:
+        if self.law == "ablate" and self.value is not None:
+            _refuse("law ablate takes no value; leave it out", "value")
+        if self.law != "ablate" and self.value is None:
+            _refuse(f"law {self.law} needs a value", "law")
+        if self.if_active and self.law != "set":
+            _refuse(f"goes with law set, not {self.law}; leave it out", "if_active")
+        if self.unit != "native" and self.law in {"ablate", "scale"}:
+            _refuse(f"law {self.law} has no unit; leave it out", "unit")
+        if twice := _first_repeat(self.latents):
+            _refuse(f"latent {twice[1]} is listed twice", "latents", twice[0])
+        return self
+
+
+class Monitor(_Frozen):
+    """One entry of `monitors`: a score with its threshold and what an alarm does."""
+
+    name: Name
+    """Its name in verdicts and metrics."""
+    sae: Name
+    """Key of `saes`; the score is taken at its hook point, after the clamps."""
+    score: Annotated[ScoreName, AfterValidator(_check_built)]
+    """What is watched."""
+    calibration: FilePath | None = None
+    """Thresholds fitted on benign traffic; relative to the policy file."""
+    target_fpr: Annotated[Finite, Field(gt=0, le=0.5)]
+    """Share of benign requests that may alarm."""
+    on_alarm: OnAlarm
+    """What an alarm does."""
+
+    @model_validator(mode="after")
+    def _check_calibration(self) -> Self:
+        if self.calibration is None:
+            _refuse(
+                f"score {self.score} needs a calibration; expected the path of one",
+                "score",
+            )
+        return self
+
+
+class Policy(_Frozen):
+    """What one request runs under."""
+
+    mode: Mode = "enforce"
+    """Whether the guard acts or only reports."""
+    hold_tokens: Annotated[NonNegativeInt, AfterValidator(_refuse_hold)] = 0
+    """How many tokens of a stream are kept back."""
+    clamps: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
+    """Applied in this order, all to the activations of the untouched stream."""
+    monitors: tuple[Monitor, ...] = ()
+    """Each is judged by itself; the worst action is taken."""
+
+    @model_validator(mode="after")
+    def _check_entries(self) -> Self:
+        for key, entries in (("clamps", self.clamps), ("monitors", self.monitors)):
+            if twice := _first_repeat(entry.name.lower() for entry in entries):
+                _refuse(
+                    f"{twice[1]!r} is already the name of another",
+                    key,
+                    twice[0],
+                    "name",
+                )
+        held: dict[tuple[str, int], str] = {}
+        for index, rule in enumerate(self.clamps):
+            for latent in rule.latents:
+                first = held.setdefault((rule.sae, latent), rule.name)
+                if first != rule.name:
+                    _refuse(
+                        f"latent {latent} of {rule.sae} is already held by {first!r}; "
+                        "a latent may be clamped once",
+                        "clamps",
+                        index,
+                        "latents",
+                    )
+        return self
+
+
+class Drill(_Frozen):
+    """A stored recovery edit that an administrator may ask for; not built yet."""
+
+    name: Name
+    """What a request names."""
+    sae: Name
+    """Key of `saes`; the edit is added behind its clamps."""
+    delta: FilePath
+    """The edit; relative to the policy file."""
+    position: Literal["last_prompt"] = "last_prompt"
+    """Which token it is added to."""
+
+
+class Tenant(_Frozen):
+    """Who may use which policies; not built yet."""
+
+    api_key_sha256: Sha256
+    """Of the key; the key itself is never written down."""
+    policies: Annotated[tuple[Name, ...], Field(min_length=1)]
+    """The first is the default."""
+
+
+def _only_default(data: dict[str, Any]) -> tuple[str, ...]:
+    return (data["default_policy"],)
+
+
+class PolicyFile(_Frozen):
+    """A whole policy file; `load_policy` makes one."""
+
+    version: Literal[1]
+    """Of the file format."""
+    max_policies: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Slots that the engine reserves; more policies are an error."""
+    require_stable: Annotated[bool, AfterValidator(_refuse_stable)] = False
+    """Refuse clamps on latents that another SAE seed would not find."""
+    allow_unverified_model: bool = False
+    """Serve a model class whose stream convention was never checked."""
+    on_error: Literal["closed", "open"] = "closed"
+    """What happens to a request whose readings cannot be had."""
+    unscored: OnAlarm = "block"
+    """What happens to tokens whose scores cannot be known."""
+    saes: Mapping[Name, SaeSource] = Field(default_factory=dict)
+    """By the name that rules and monitors use."""
+    policies: Annotated[Mapping[Name, Policy], Field(min_length=1)]
+    """By the name that requests use; slot i is the i-th, slot 0 is no policy."""
+    drills: Annotated[tuple[Drill, ...], BeforeValidator(_refuse_entries)] = ()
+    """Fire drills."""
+    tenants: Annotated[tuple[Tenant, ...], BeforeValidator(_refuse_entries)] = ()
+    """Who may use what."""
+    default_policy: Name
+    """What every request runs under that names none."""
+    public_policies: tuple[Name, ...] = Field(default_factory=_only_default)
+    """What a client without a tenant may name; only the default when left out."""
+
+    @model_validator(mode="after")
+    def _check_references(self) -> Self:
+        if len(self.policies) > self.max_policies:
+            _refuse(
+                f"{len(self.policies)} policies; expected at most max_policies, "
+                f"which is {self.max_policies}",
+                "policies",
+            )
+        for key, names in (("saes", self.saes), ("policies", self.policies)):
+            if twice := _first_repeat(name.lower() for name in names):
+                _refuse(
+                    "differs from another name in case only", key, list(names)[twice[0]]
+                )
+        sources = [(source.sha256, source.hook_point) for source in self.saes.values()]
+        if twin := _first_repeat(sources):
+            first = list(self.saes)[sources.index(twin[1])]
+            _refuse(
+                f"is the same SAE as {first!r}; name it once, so that a latent is "
+                "clamped once",
+                "saes",
+                list(self.saes)[twin[0]],
+            )
+        for at, name in _used_saes(self.policies):
+            if name not in self.saes:
+                _refuse(f"{name!r} is not in saes; {_offer(self.saes)}", *at)
+        if self.default_policy not in self.policies:
+            _refuse(
+                f"{self.default_policy!r} is not in policies; {_offer(self.policies)}",
+                "default_policy",
+            )
+        self._check_public()
+        return self
+
+    def _check_public(self) -> None:
+        for index, name in enumerate(self.public_policies):
+            if name not in self.policies:
+                _refuse(
+                    f"{name!r} is not in policies; {_offer(self.policies)}",
+                    "public_policies",
+                    index,
+                )
+        if twice := _first_repeat(self.public_policies):
+            _refuse(f"{twice[1]!r} is listed twice", "public_policies", twice[0])
+        if self.default_policy not in self.public_policies:
+            _refuse(
+                f"default_policy {self.default_policy!r} is missing; add it",
+                "public_policies",
+            )
+
+
+def load_policy(path: str | Path) -> PolicyFile:
+    """Read and check a policy file.
+
+    Relative paths in it are taken from its own folder. The files they name are not
+    opened here.
+
+    Raises:
+        PolicyError: One line, `policy.yaml:12: policies.default.clamps[0].law: ...`.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise PolicyError(
+            f"{path}: cannot be read ({error.strerror}); expected a policy file"
+        ) from error
+    if len(content) > MAX_FILE_BYTES:
+        raise PolicyError(f"{path}: is larger than 1 MiB; expected a policy file")
+    document = _Document(str(path), content)
+    try:
+        return PolicyFile.model_validate_json(
+            json.dumps(document.value),
+            strict=True,
+            context={"folder": path.parent},
+        )
+    except ValidationError as error:
+        raise document.fault(error.errors(include_url=False)) from error
+
+
+def fingerprint(policy_file: PolicyFile, name: str) -> str:
+    """Hash everything that decides what one policy computes.
+
+    Its content, the digests of the SAEs it uses with the small files beside them,
+    and the digests of its calibrations; neither its own name, nor file paths, nor
+    anything of other policies.
+
+    Args:
+        policy_file: A loaded policy file.
+        name: Key of `policies`.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        PolicyError: There is no such policy, or a calibration cannot be read.
+    """
+    if name not in policy_file.policies:
+        raise PolicyError(
+            f"{name!r} is not in policies; {_offer(policy_file.policies)}"
+        )
+    policy = policy_file.policies[name]
+    content = policy.model_dump(mode="json")
+    used = {sae for _, sae in _used_saes({name: policy})}
+    for monitor, dumped in zip(policy.monitors, content["monitors"], strict=True):
+        if monitor.calibration is not None:
+            dumped["calibration"] = _hash_file(monitor.calibration)
+    return _hash(
+        {
+            "schema": 1,
+            "on_error": policy_file.on_error,
+            "unscored": policy_file.unscored,
+            "policy": content,
+            "saes": {sae: _identify(policy_file.saes[sae]) for sae in sorted(used)},
+        }
+    )
+
+
+def file_fingerprint(policy_file: PolicyFile) -> str:
+    """Hash a whole policy file, for the processes of one server to compare.
+
+    Unlike `fingerprint` it covers names and their order, which decide slots, and
+    who may use what.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        PolicyError: A calibration cannot be read.
+    """
+    content = policy_file.model_dump(mode="json", exclude={"saes", "policies"})
+    saes = {name: _identify(source) for name, source in policy_file.saes.items()}
+    policies = [[name, fingerprint(policy_file, name)] for name in policy_file.policies]
+    return _hash({"schema": 1, **content, "saes": saes, "policies": policies})
+
+
+def _hash(content: Mapping[str, object]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _identify(source: SaeSource) -> dict[str, object]:
+    # The digest of the weights does not cover cfg.json and what else decides how
+    # they are used: k, the normalisation, the scaling factor.
+    beside = {path.name: _hash_file(path) for path in source.path.glob("*.json")}
+    return {**source.model_dump(mode="json", exclude={"path"}), "beside": beside}
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PolicyError(
+            f"{path}: cannot be read ({error.strerror}); expected a file"
+        ) from error
+
+
+def _used_saes(
+    policies: Mapping[str, Policy],
+) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    for name, policy in policies.items():
+        entries: tuple[tuple[str, Iterable[Rule | Monitor]], ...] = (
+            ("clamps", policy.clamps),
+            ("monitors", policy.monitors),
+        )
+        for key, users in entries:
+            for index, user in enumerate(users):
+                yield ("policies", name, key, index, "sae"), user.sae
+
+
+def _first_repeat(values: Iterable[_T]) -> tuple[int, _T] | None:
+    seen: set[_T] = set()
+    for index, value in enumerate(values):
+        if value in seen:
+            return index, value
+        seen.add(value)
+    return None
+
+
+def _offer(names: Iterable[str]) -> str:
+    known = ", ".join(names)
+    return f"expected one of {known}" if known else "it is empty"
+
+
+def _choices(field: str) -> str:
+    every = get_args({"law": Law, "score": ScoreName}[field])
+    return ", ".join(choice for choice in every if choice not in _LATER[field])
+
+
+_Location = tuple[str | int, ...]
+
+
+class _Document:
+    """A YAML text as plain values, with the line of every key.
+
+    A subset on purpose: no anchors, aliases, tags or repeated keys, so that what a
+    person reads in the file is what is meant.
+    """
+
+    def __init__(self, source: str, content: bytes) -> None:
+        self.source = source
+        self._lines: dict[_Location, int] = {(): 1}
+        try:
+            node = _Composer(content.decode("utf-8-sig")).get_single_node()
+        except UnicodeDecodeError as error:
+            raise PolicyError(f"{source}: is not UTF-8; expected YAML text") from error
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            problem = " ".join(str(error.problem).split())
+            raise PolicyError(
+                f"{source}:{line}: is not the YAML a policy is written in: {problem}"
+            ) from error
+        except yaml.YAMLError as error:
+            message = " ".join(str(error).split())
+            raise PolicyError(f"{source}: is not YAML: {message}") from error
+        if not isinstance(node, yaml.MappingNode):
+            raise PolicyError(
+                f"{source}: holds no keys; expected 'version: 1' and so on"
+            )
+        self.value = self._read(node, ())
+
+    def fault(self, errors: list[ErrorDetails]) -> PolicyError:
+        """Turn what pydantic found into one line about the first of it."""
+        found = []
+        for error in errors:
+            if error["type"] == "default_factory_not_called":
+                continue  # only says that another key is wrong
+            context = error.get("ctx", {})
+            location = (*error["loc"], *context.get("at", ()))
+            location = tuple(part for part in location if part != "[key]")
+            line = self._line(location)
+            text = f"{_show(location)}: " if location else ""
+            message = " ".join(f"{text}{_explain(error)}".split())
+            # What a later version builds comes first: the rest may be about it.
+            # The inner of two faults on a line is the cause of the outer one.
+            order = (error["type"] != "later", line, -len(location))
+            found.append((order, line, message))
+        _, line, message = min(found)
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        return PolicyError(f"{self.source}:{line}: {message}{more}")
+
+    def _line(self, location: _Location) -> int:
+        while location not in self._lines:
+            location = location[:-1]
+        return self._lines[location]
+
+    def _stop(self, node: yaml.Node, at: _Location, message: str) -> NoReturn:
+        where = f"{_show(at)}: " if at else ""
+        line = node.start_mark.line + 1
+        raise PolicyError(f"{self.source}:{line}: {where}{message}")
+
+    def _read(self, node: yaml.Node, at: _Location) -> Any:
+        if isinstance(node, yaml.MappingNode) and node.tag == _MAPPING:
+            return self._read_mapping(node, at)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _SEQUENCE:
+            values = []
+            for index, item in enumerate(node.value):
+                self._lines[*at, index] = item.start_mark.line + 1
+                values.append(self._read(item, (*at, index)))
+            return values
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
+            self._stop(
+                node, at, f"{node.tag.split(':')[-1]!r} is no plain value; quote it"
+            )
+        if node.style is None and _EXPONENT.fullmatch(node.value):
+            return float(node.value)  # YAML 1.1 would read 1e-3 as text
+        try:
+            return _SCALARS[node.tag](node)
+        except ValueError as error:
+            raise PolicyError(
+                f"{self.source}:{node.start_mark.line + 1}: {_show(at)}: "
+                f"{_short(node.value)} is no decimal number; quote it if it is text"
+            ) from error
+
+    def _read_mapping(self, node: yaml.MappingNode, at: _Location) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag != _TEXT:
+                shown = (
+                    _short(key.value) if isinstance(key, yaml.ScalarNode) else "this"
+                )
+                self._stop(key, at, f"key {shown} is not text; quote it")
+            if key.value in values:
+                line = self._lines[*at, key.value]
+                self._stop(key, at, f"key {key.value!r} is already on line {line}")
+            self._lines[*at, key.value] = key.start_mark.line + 1
+            values[key.value] = self._read(value, (*at, key.value))
+        return values
+
+
+class _Composer(yaml.SafeLoader):
+    """A YAML composer that refuses what makes a small file a large value."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "anchor", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are refused; write the value out",
+                problem_mark=event.start_mark,
+            )
+        if self._depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem="it is nested too deeply", problem_mark=event.start_mark
+            )
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+_NOUNS: Mapping[str, str] = {
+    "version": "a version this guard reads",
+    "format": "an SAE format",
+    "mode": "a mode",
+    "law": "a law",
+    "unit": "a unit",
+    "scope": "a scope",
+    "score": "a score",
+    "on_alarm": "an action",
+    "unscored": "an action",
+    "on_error": "a choice",
+}
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_MAX_DEPTH = 16
+_TAG = "tag:yaml.org,2002:"
+_MAPPING, _SEQUENCE, _TEXT = f"{_TAG}map", f"{_TAG}seq", f"{_TAG}str"
+_PLAIN = yaml.constructor.SafeConstructor()
+_SCALARS: Mapping[str, Any] = {
+    _TEXT: lambda node: node.value,
+    f"{_TAG}bool": _PLAIN.construct_yaml_bool,
+    f"{_TAG}int": lambda node: _read_int(node.value),
+    f"{_TAG}float": _PLAIN.construct_yaml_float,
+    f"{_TAG}null": _PLAIN.construct_yaml_null,
+}
+
+
+def _read_int(text: str) -> int:
+    # YAML 1.1 reads 010 as eight and 1:30 as ninety.
+    if re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text) is None:
+        raise ValueError(text)
+    return int(text)
+
+
+def _show(location: _Location) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _explain(error: ErrorDetails) -> str:
+    kind, given = error["type"], error["input"]
+    key = str(error["loc"][-1]) if error["loc"] else ""
+    context = error.get("ctx", {})
+    if kind in {"fault", "later"}:
+        return str(context["message"])
+    if kind == "missing":
+        return "is missing"
+    if kind == "extra_forbidden":
+        return f"unknown key; {_suggest(key, _model_at(error['loc'][:-1]))}"
+    if kind == "literal_error":
+        expected = context["expected"].replace("'", "").replace(" or ", ", ")
+        expected = _choices(key) if key in _LATER else expected
+        several = "one of " if "," in expected else ""
+        return f"{_short(given)} is not {_NOUNS[key]}; expected {several}{expected}"
+    if kind == "too_long":
+        return f"{context['actual_length']} entries; expected {context['max_length']}"
+    if kind == "too_short":
+        return f"is empty; expected at least {context['min_length']} entry"
+    return error["msg"].replace("Input", _short(given), 1)
+
+
+def _model_at(location: _Location) -> type[BaseModel]:
+    models: Mapping[str | int, type[BaseModel]] = {
+        "saes": SaeSource,
+        "policies": Policy,
+        "clamps": Rule,
+        "monitors": Monitor,
+        "when": When,
+    }
+    # Every second part is a name or an index; a policy may well be named 'when'.
+    return models[location[::2][-1]] if location else PolicyFile
+
+
+def _suggest(key: str, model: type[BaseModel]) -> str:
+    close = get_close_matches(key, model.model_fields, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"expected one of {', '.join(model.model_fields)}"

@@ -1,0 +1,155 @@
+"""What an engine must tell the guard about a request, and how it is told.
+
+A client names a policy in the `guard` field of its request body. The API
+server decides whether it may, and writes the decision into a signed ticket;
+the engine core believes the ticket and nothing else. Runs in both processes.
+"""
+
+import base64
+import hmac
+import json
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from guard.errors import RequestError
+
+__all__ = [
+    "TICKET_KEY",
+    "TICKET_SECONDS",
+    "GuardField",
+    "Ticket",
+    "Trace",
+    "read_field",
+    "read_ticket",
+    "sign_ticket",
+]
+
+TICKET_KEY = "guard_ticket"
+"""Key of the ticket inside `vllm_xargs`, which the engine calls `extra_args`."""
+
+TICKET_SECONDS = 3600.0
+"""How long a ticket lives. A request may queue; a leaked ticket must not last."""
+
+Trace = Literal["none", "summary", "tokens"]
+"""How much of the readings a client asks to see."""
+
+_PREFIX = "g1"
+_MIN_SECRET_BYTES = 16
+_SHOWN_CHARS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The server's decision about one request, as the engine core receives it."""
+
+    guard_id: str
+    """Names the HTTP request, in verdicts and in the `x-guard-id` header."""
+    policy: str
+    """Name of the policy the request runs under."""
+    trace: Trace = "none"
+    """How much of the readings the client asked to see."""
+    expires: float = 0.0
+    """Unix time in seconds from which on the ticket is worthless."""
+
+
+def sign_ticket(ticket: Ticket, secret: bytes) -> str:
+    """Write a ticket as one url-safe string that only `secret` can produce.
+
+    The string is flat because the engine refuses nested values in `vllm_xargs`.
+
+    Raises:
+        ValueError: The secret is too short to keep anybody out.
+    """
+    if len(secret) < _MIN_SECRET_BYTES:
+        raise ValueError(
+            f"The ticket secret has {len(secret)} bytes; "
+            f"expected at least {_MIN_SECRET_BYTES}."
+        )
+    fields = [ticket.guard_id, ticket.policy, ticket.trace, ticket.expires]
+    payload = f"{_PREFIX}.{_encode(json.dumps(fields).encode())}"
+    return f"{payload}.{_sign(payload, secret)}"
+
+
+def read_ticket(text: object, secret: bytes, *, now: float) -> Ticket | None:
+    """Return the ticket in `text`, or None for whatever was not signed here.
+
+    Never raises: altered, expired, foreign and malformed are all the same
+    answer, and the caller falls back on the default policy.
+
+    Args:
+        text: What a request carried under `TICKET_KEY`.
+        secret: The per-start secret it must have been signed with.
+        now: Unix time in seconds.
+    """
+    if not isinstance(text, str) or not text.isascii():
+        return None
+    payload, _, signature = text.rpartition(".")
+    # The text is compared, not the bytes it decodes to: base64 has several
+    # spellings of the same bytes, and only ours is ours.
+    if not hmac.compare_digest(signature.encode(), _sign(payload, secret).encode()):
+        return None
+    try:
+        fields = json.loads(base64.urlsafe_b64decode(payload.split(".")[1]))
+        guard_id, policy, trace, expires = fields
+    except (ValueError, IndexError, TypeError):
+        return None
+    if not (isinstance(guard_id, str) and isinstance(policy, str)):
+        return None
+    if trace not in get_args(Trace) or not isinstance(expires, float):
+        return None
+    # Written so that an expiry of NaN has expired.
+    return Ticket(guard_id, policy, trace, expires) if now < expires else None
+
+
+class GuardField(BaseModel):
+    """The `guard` object of a request body; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    policy: str | None = Field(default=None, min_length=1, max_length=128)
+    """Name of the policy asked for; None leaves the choice to the server."""
+    trace: Trace = "none"
+    """How much of the readings the answer should show."""
+    drill: str | None = None
+    """Name of a stored recovery edit. Refused until drills are supported."""
+
+
+def read_field(value: object) -> GuardField:
+    """Validate what a request body carries under `guard`; None means nothing asked.
+
+    Raises:
+        RequestError: 400 with the offending field as `param`.
+    """
+    if value is None:
+        return GuardField()
+    if not isinstance(value, dict):
+        raise RequestError(
+            '\'guard\' is not an object; expected e.g. {"policy": "NAME"}.',
+            param="guard",
+        )
+    try:
+        field = GuardField.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])[:_SHOWN_CHARS]
+        raise RequestError(
+            f"'guard.{name}' is not valid: {first['msg']}; expected an object with "
+            "'policy' (a name) and 'trace' ('none', 'summary' or 'tokens').",
+            param=f"guard.{name}",
+        ) from error
+    if field.drill is not None:
+        raise RequestError(
+            "'guard.drill' is not supported yet; expected a request without it.",
+            param="guard.drill",
+        )
+    return field
+
+
+def _sign(payload: str, secret: bytes) -> str:
+    return _encode(hmac.digest(secret, payload.encode(), "sha256"))
+
+
+def _encode(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode("ascii")

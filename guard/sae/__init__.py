@@ -1,0 +1,1 @@
+"""Sparse autoencoders: what they are, how they compute, where they come from."""

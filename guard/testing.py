@@ -1,0 +1,122 @@
+"""Small real things to test against: a random model, and an SAE that fits it.
+
+Public: whoever writes a policy, a score or an engine can use them too.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from guard.sae.config import SaeConfig
+from guard.sae.load import build_sae, save_sae
+from guard.sae.model import Sae
+
+__all__ = ["TOY_WORDS", "make_toy_model", "make_toy_sae", "save_toy_sae"]
+
+TOY_WORDS = [f"w{i}" for i in range(120)]
+"""Vocabulary of the toy model, besides its special tokens."""
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+)
+
+
+def make_toy_model(
+    folder: Path,
+    *,
+    num_layers: int = 4,
+    d_model: int = 64,
+    max_length: int = 2048,
+    seed: int = 0,
+) -> None:
+    """Write a random Llama with a word tokenizer, as a Hugging Face folder.
+
+    Args:
+        folder: Where it goes.
+        num_layers: Decoder layers.
+        d_model: Hidden size; heads have 32 dimensions.
+        max_length: Longest context, in tokens.
+        seed: Of the weights.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *TOY_WORDS]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+    fast.chat_template = _CHAT_TEMPLATE
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=d_model,
+            intermediate_size=2 * d_model,
+            num_hidden_layers=num_layers,
+            num_attention_heads=d_model // 32,
+            num_key_value_heads=d_model // 32,
+            max_position_embeddings=max_length,
+            initializer_range=0.2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=True,
+        )
+    )
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+def toy_sae_parts(
+    *,
+    d_model: int = 64,
+    d_sae: int = 96,
+    architecture: str = "jumprelu",
+    hook_point: str = "layers.1.resid_post",
+    seed: int = 0,
+) -> tuple[SaeConfig, dict[str, Tensor]]:
+    """Return configuration and tensors of a random SAE with active latents."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    directions = torch.nn.functional.normalize(draw(d_sae, d_model), dim=1)
+    tensors = {
+        "W_enc": directions.T.contiguous(),
+        "b_enc": 0.1 * draw(d_sae),
+        "W_dec": directions,
+        "b_dec": 0.1 * draw(d_model),
+        "latent_max": 1.0 + draw(d_sae).abs(),
+    }
+    if architecture == "jumprelu":
+        tensors["threshold"] = 0.2 * draw(d_sae).abs()
+    config = SaeConfig(
+        architecture=architecture,  # type: ignore[arg-type]
+        d_model=d_model,
+        d_sae=d_sae,
+        k=8 if architecture == "topk" else None,
+        hook_point=hook_point,
+    )
+    return config, tensors
+
+
+def make_toy_sae(**options: object) -> Sae:
+    """Return a random SAE; options as for `toy_sae_parts`."""
+    return build_sae(*toy_sae_parts(**options))  # type: ignore[arg-type]
+
+
+def save_toy_sae(folder: Path, **options: object) -> None:
+    """Write a random SAE in the project's own format."""
+    save_sae(folder, *toy_sae_parts(**options))  # type: ignore[arg-type]

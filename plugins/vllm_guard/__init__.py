@@ -1,0 +1,43 @@
+"""The guard inside vLLM: entry points, and nothing that can fail at import.
+
+vLLM logs and swallows an exception while it imports a plugin, but one raised inside
+`register()` stops the start. So every import happens there.
+"""
+
+from typing import Any
+
+__all__ = ["endpoint", "register", "sampling_args"]
+
+
+def register() -> None:
+    """Put the guard into this process, if `GUARD_POLICY` names a policy file.
+
+    vLLM calls it in every process, possibly more than once.
+
+    Raises:
+        GuardError: The policy or this engine cannot be used as it is.
+    """
+    from vllm_guard import context
+
+    if context.enter():
+        from vllm_guard import engine, hook, runner_v1, runner_v2, server
+
+        for part in (hook, runner_v1, runner_v2, engine, server):
+            part.install()
+
+
+def endpoint() -> Any:
+    """Return vLLM's endpoint plugin: the guard's own routes, and its readiness."""
+    from vllm_guard.server import GuardEndpoint
+
+    return GuardEndpoint()
+
+
+def sampling_args(policy: str) -> dict[str, Any]:
+    """Return `SamplingParams(extra_args=...)` that run a request under `policy`.
+
+    For offline use, where whoever builds the request is the operator.
+    """
+    from vllm_guard import context
+
+    return context.sampling_args(policy)

@@ -1,0 +1,189 @@
+"""All state the guard keeps in one process: enter, get, reset.
+
+Every process of a server enters on its own and reads the same policy file; the first
+one leaves its fingerprint and a secret in the environment, which the others inherit.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guard.calibration import Calibration
+from guard.check import check_targets, load_calibrations
+from guard.errors import GuardError, PolicyError
+from guard.monitor import Column, list_columns
+from guard.policy import (
+    Policy,
+    PolicyFile,
+    file_fingerprint,
+    fingerprint,
+    load_policy,
+)
+from guard.request import TICKET_KEY, TICKET_SECONDS, Ticket, sign_ticket
+from vllm_guard import compat
+
+if TYPE_CHECKING:
+    from vllm_guard.rows import StepRows
+    from vllm_guard.server import Board
+
+__all__ = [
+    "FAULT_VARIABLE",
+    "Context",
+    "cache_salt",
+    "enter",
+    "get",
+    "reporting",
+    "reset",
+    "sampling_args",
+]
+
+logger = logging.getLogger(__name__)
+
+POLICY_VARIABLE = "GUARD_POLICY"
+"""Path of the policy file; without it the plugin is inert."""
+SECRET_VARIABLE = "GUARD_SECRET"  # noqa: S105 - the name of a variable
+"""Hex secret of this start, with which tickets are signed."""
+FINGERPRINT_VARIABLE = "GUARD_FINGERPRINT"
+"""Fingerprint of the policy file as the first process read it."""
+FAULT_VARIABLE = "GUARD_FAULT_FILE"
+"""File into which a process that cannot start writes its one line."""
+
+
+@dataclass(slots=True)
+class Context:
+    """What this process knows."""
+
+    policy_file: PolicyFile
+    fingerprint: str
+    """Of the whole policy file."""
+    fingerprints: dict[str, str]
+    """Of each policy, by name."""
+    columns: tuple[Column, ...]
+    calibrations: dict[str, Calibration]
+    """By path, as the monitors name them."""
+    secret: bytes
+    rows: "StepRows | None" = None
+    """In a worker: the row map, once the model is loaded."""
+    board: "Board | None" = None
+    """Where outputs are processed: verdicts and metrics."""
+    uncounted: dict[str, int] = field(default_factory=dict)
+    """In the engine core: tokens and errors not yet told to an API server."""
+
+    def slot(self, policy: str) -> int:
+        """Return the slot of a policy; 0 is no policy at all."""
+        return list(self.policy_file.policies).index(policy) + 1
+
+    def policy(self, slot: int) -> tuple[str, Policy]:
+        """Return name and content of the policy in a slot."""
+        return list(self.policy_file.policies.items())[slot - 1]
+
+
+_context: Context | None = None
+_told_inert = False
+
+
+def enter() -> bool:
+    """Read the policy file that `GUARD_POLICY` names, once.
+
+    Returns:
+        Whether this process is guarded.
+
+    Raises:
+        PolicyError: The file is not usable, or changed while the server started.
+    """
+    global _context, _told_inert
+    if _context is not None:
+        return True
+    path = os.environ.get(POLICY_VARIABLE)
+    if not path:
+        if not _told_inert:
+            logger.info("vllm-guard is inert: %s is not set.", POLICY_VARIABLE)
+            _told_inert = True
+        return False
+    compat.check_version()
+    policy_file = load_policy(Path(path))
+    found = file_fingerprint(policy_file)
+    expected = os.environ.setdefault(FINGERPRINT_VARIABLE, found)
+    if found != expected:
+        message = (
+            f"{path}: the policy file changed while the server started; "
+            "expected every process to read the same one. Start again."
+        )
+        raise PolicyError(message)
+    secret = os.environ.setdefault(SECRET_VARIABLE, secrets.token_hex(32))
+    calibrations = load_calibrations(policy_file)
+    # Now, and not at a request, where a calibration is too small for a target.
+    check_targets(policy_file, calibrations)
+    _context = Context(
+        policy_file=policy_file,
+        fingerprint=found,
+        fingerprints={name: fingerprint(policy_file, name) for name in policy_file.policies},
+        columns=list_columns(policy_file),
+        calibrations=calibrations,
+        secret=bytes.fromhex(secret),
+    )
+    return True
+
+
+def get() -> Context:
+    """Return the state of this process.
+
+    Raises:
+        RuntimeError: Nothing was entered; the caller should not have been installed.
+    """
+    if _context is None:
+        message = "vllm-guard is inert in this process; expected `enter()` before."
+        raise RuntimeError(message)
+    return _context
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """Leave a fault's one line where `guard serve` finds it, below the stack traces."""
+    try:
+        yield
+    except GuardError as error:
+        if path := os.environ.get(FAULT_VARIABLE):
+            Path(path).write_text(str(error), encoding="utf-8")
+        raise
+
+
+def reset() -> None:
+    """Forget everything this process knows, the environment included."""
+    global _context
+    _context = None
+    os.environ.pop(SECRET_VARIABLE, None)
+    os.environ.pop(FINGERPRINT_VARIABLE, None)
+
+
+def sampling_args(policy: str) -> dict[str, Any]:
+    """Return `extra_args` with a ticket for `policy`.
+
+    Raises:
+        PolicyError: The policy file has no such policy.
+    """
+    context = get()
+    if policy not in context.policy_file.policies:
+        known = ", ".join(context.policy_file.policies)
+        message = f"Unknown policy {policy!r}; expected one of {known}."
+        raise PolicyError(message)
+    ticket = Ticket(uuid.uuid4().hex, policy, expires=time.time() + TICKET_SECONDS)
+    return {TICKET_KEY: sign_ticket(ticket, context.secret)}
+
+
+def cache_salt(policy_fingerprint: str, client_salt: str | None) -> str:
+    """Return the salt under which a request's KV blocks are shared.
+
+    Equal policies share a prefix, different ones never do; a client's own salt only
+    ever narrows that.
+    """
+    parts = f"{compat.PLUGIN_VERSION}|{policy_fingerprint}|{client_salt or ''}"
+    return hashlib.sha256(parts.encode()).hexdigest()

@@ -1,0 +1,218 @@
+"""Find the decoder layers of a loaded model and attach the guard to their outputs.
+
+Runs in the worker, while the model is loaded and before it is compiled or profiled.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from guard.check import load_saes
+from guard.errors import EngineError, SaeError
+from guard.hook import HookPoint
+from guard.pipeline import Guard, StepBuffers, build_guards
+from guard.sae.model import Sae
+from vllm_guard import compat, context, ops, selftest
+from vllm_guard.patch import wrap
+from vllm_guard.rows import StepRows
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["check_layer", "check_widths", "find_layers", "install"]
+
+logger = logging.getLogger(__name__)
+
+_LAYER_NAME = re.compile(r"(.*?\.(\d+))\.")
+
+
+def install() -> None:
+    """Wrap the loading and the warm-up of every worker's model.
+
+    vLLM has no seam for a module that lives beside the model's own; `load_model` is
+    the last moment before memory is profiled and the model compiled, the end of the
+    warm-up the first one at which it must have run. Remove when vLLM offers a hook
+    on decoder outputs that survives compilation.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    for runner in (GPUModelRunner, CPUModelRunner, V2ModelRunner):
+        wrap(runner, "load_model", _load_model)
+    for worker in (Worker, CPUWorker):
+        wrap(worker, "compile_or_warm_up_model", _warm_up)
+        worker.guard_status = _guard_status  # type: ignore[attr-defined]
+
+
+def _load_model(
+    original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any
+) -> None:
+    with context.reporting():
+        compat.check_engine(runner.vllm_config)
+        original(runner, *args, **kwargs)
+        attach(runner.model, runner.vllm_config, runner.device)
+
+
+def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None:
+    """Load the SAEs, compile the policies, and hook the layers they name.
+
+    Raises:
+        GuardError: Something does not fit, or the hook does not do what it should.
+    """
+    state = context.get()
+    layers = find_layers(model, config)
+    step = StepBuffers(
+        max_tokens=config.scheduler_config.max_num_batched_tokens,
+        max_requests=config.scheduler_config.max_num_seqs,
+        num_columns=len(state.columns),
+    )
+    saes = load_saes(state.policy_file)
+    check_widths(saes, config.model_config.get_hidden_size())
+    guards = build_guards(state.policy_file, saes, state.calibrations, step)
+    for at in guards:
+        check_layer(at, len(layers))
+    parts = list(guards.values())
+    # Buffers of the model: what moves, saves or restores the model takes them along.
+    home = nn.Module()
+    home.guards, home.step = nn.ModuleList(parts), step
+    model.add_module("vllm_guard", home.to(device))
+    ops.bind(parts)
+    for index, guard in enumerate(parts):
+        layer = layers[guard.hook_point.layer]
+        selftest.check_stream(
+            layers[guard.hook_point.layer :],
+            config,
+            allow_unverified=state.policy_file.allow_unverified_model,
+        )
+        _hook_layer(layer, index)
+        selftest.check_canary(guard, state.policy_file, dtype=config.model_config.dtype)
+    state.rows = StepRows(step, num_hooks=len(parts), default_slot=default_slot())
+    _salt_compile_cache(config, parts)
+
+
+def default_slot() -> int:
+    """Return the slot of the default policy."""
+    state = context.get()
+    return state.slot(state.policy_file.default_policy)
+
+
+def check_widths(saes: Mapping[str, Sae], hidden_size: int) -> None:
+    """Refuse SAEs that are not as wide as the model.
+
+    Raises:
+        SaeError: Names the first one.
+    """
+    for name, sae in saes.items():
+        if sae.d_model != hidden_size:
+            message = (
+                f"SAE {name!r} has d_model {sae.d_model}; "
+                f"expected {hidden_size}, the hidden size of the model."
+            )
+            raise SaeError(message)
+
+
+def check_layer(at: HookPoint, num_layers: int) -> None:
+    """Refuse a hook point behind a layer that is not there.
+
+    Raises:
+        EngineError: The model has fewer layers.
+    """
+    if at.layer >= num_layers:
+        message = (
+            f"Hook point '{at}' is not in this model of {num_layers} layers; "
+            f"expected layers.0 to layers.{num_layers - 1}."
+        )
+        raise EngineError(message)
+
+
+def find_layers(model: nn.Module, config: "VllmConfig") -> list[nn.Module]:
+    """Return the decoder layers in order, found through their attention.
+
+    Raises:
+        EngineError: They cannot be told apart, or are not as many as configured.
+    """
+    found: dict[int, set[str]] = {}
+    for name in config.compilation_config.static_forward_context:
+        match = _LAYER_NAME.match(name)
+        if match:
+            found.setdefault(int(match[2]), set()).add(match[1])
+    expected = config.model_config.get_total_num_hidden_layers()
+    unclear = any(len(paths) > 1 for paths in found.values())
+    if sorted(found) != list(range(expected)) or unclear:
+        message = (
+            f"Found decoder layers {sorted(found)} by their attention; expected one "
+            f"for each of {expected}. This model class cannot be guarded."
+        )
+        raise EngineError(message)
+    return [model.get_submodule(found[i].pop()) for i in range(expected)]
+
+
+def split_output(output: Any) -> tuple[Tensor, Tensor | None]:
+    """Return `hidden_states` and `residual` of what a decoder layer returned.
+
+    Raises:
+        EngineError: The layer returned something else.
+    """
+    if isinstance(output, Tensor):
+        return output, None
+    if isinstance(output, tuple) and len(output) >= 2:  # noqa: PLR2004
+        hidden_states, residual = output[0], output[1]
+        if isinstance(hidden_states, Tensor) and (
+            residual is None or isinstance(residual, Tensor)
+        ):
+            return hidden_states, residual
+    message = (
+        "A decoder layer returned neither a tensor nor (hidden_states, residual); "
+        "expected a model with one residual stream."
+    )
+    raise EngineError(message)
+
+
+def _hook_layer(layer: nn.Module, index: int) -> None:
+    """Let a layer's output pass through the guard, in a way the compiler can trace."""
+    plain = type(layer)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = plain.forward(self, *args, **kwargs)
+        hidden_states, residual = split_output(output)
+        ops.call_guard(hidden_states, residual, index)
+        return output
+
+    layer.__class__ = type(f"Guarded{plain.__name__}", (plain,), {"forward": forward})
+
+
+def _salt_compile_cache(config: "VllmConfig", guards: list[Guard]) -> None:
+    """Keep code compiled with these hooks apart from code compiled without."""
+    topology = [str(guard.hook_point) for guard in guards]
+    if isinstance(config.additional_config, dict):
+        config.additional_config["vllm_guard"] = json.dumps(
+            [compat.PLUGIN_VERSION, topology]
+        )
+
+
+def _warm_up(
+    original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any
+) -> Any:
+    result = original(worker, *args, **kwargs)
+    with context.reporting():
+        selftest.check_hooks_ran(worker.model_runner, context.get().rows)
+    return result
+
+
+def _guard_status(_worker: Any) -> dict[str, Any]:
+    """Return what this worker can say of itself; called through `collective_rpc`."""
+    state = context.get()
+    return {
+        "role": "worker",
+        "fingerprint": state.fingerprint,
+        "hooks": [str(guard.hook_point) for guard in ops.bound()],
+        "ready": state.rows is not None,
+    }

@@ -1,0 +1,44 @@
+"""The opaque op through which a compiled model, or a captured graph, calls a guard.
+
+Runs in the worker. The compiler sees an op that mutates `hidden_states`; which policy
+a row belongs to, and every value of every rule, is content of buffers it never sees.
+"""
+
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from guard.pipeline import Guard
+
+__all__ = ["bind", "bound", "call_guard"]
+
+_guards: list[Guard] = []
+
+
+def bind(guards: list[Guard]) -> None:
+    """Let `call_guard(..., index)` reach `guards[index]` in this process."""
+    _guards[:] = guards
+
+
+def bound() -> list[Guard]:
+    """Return the guards of this process, in the order of their indices."""
+    return list(_guards)
+
+
+def _guard(hidden_states: Tensor, residual: Tensor | None, index: int) -> None:
+    _guards[index](hidden_states, residual)
+
+
+def _guard_fake(hidden_states: Tensor, residual: Tensor | None, index: int) -> None:
+    return None
+
+
+if not hasattr(torch.ops.vllm, "guard"):
+    direct_register_custom_op(
+        op_name="guard",
+        op_func=_guard,
+        mutates_args=["hidden_states"],
+        fake_impl=_guard_fake,
+    )
+
+call_guard = torch.ops.vllm.guard

@@ -1,0 +1,188 @@
+"""Which token row of a step belongs to which request, and under which policy.
+
+Runs in the worker, on the host. This is the core; `runner_v1` and `runner_v2` are small
+adapters to vLLM's two model runners, which know the rows at different moments.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from guard.pipeline import StepBuffers
+from guard.policy import MAX_RULES
+from vllm_guard.readings import RequestReadings, StepReadings
+
+__all__ = ["SLOT_KEY", "StepRequest", "StepRows", "slot_of", "slots_of_positions"]
+
+SLOT_KEY = "guard_slot"
+"""Key of the policy slot in `extra_args`, set by the engine core and by nobody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """One request's share of a step."""
+
+    id: str
+    slot: int
+    first: int
+    """Position of its first token row; what lies before is computed or cached."""
+    num_rows: int
+    starts_with_bos: bool
+    """Whether position 0 is a true BOS, which is neither edited nor scored."""
+    admitted: bool
+    """Whether it was not in the step before: new, or resumed after preemption."""
+    prefix_slots: npt.NDArray[np.int64] | None = None
+    """KV slots of the positions before `first`, where it was admitted with some."""
+
+
+class StepRows:
+    """Fills the step's buffers before the forward pass, empties them after it.
+
+    Raw readings of every token are kept beside its KV, under the same slot, so that
+    they are valid exactly where the KV is: a prefix found in the cache brings its
+    readings along, and no eviction, reuse or preemption needs any bookkeeping.
+    """
+
+    def __init__(
+        self, step: StepBuffers, *, num_hooks: int, default_slot: int
+    ) -> None:
+        """Serve the given buffers.
+
+        Args:
+            step: What the hooks read and write.
+            num_hooks: Hooks every row must pass.
+            default_slot: Slot of a request that names none.
+        """
+        self.step = step
+        self.default_slot = default_slot
+        self._num_hooks = num_hooks
+        self._requests: list[StepRequest] = []
+        self._kv_slots: Tensor | None = None
+        self._index: dict[str, int] = {}
+        self._free = list(range(len(step.state) - 1, 0, -1))
+        pinned = step.rows_in.is_cuda
+        self._host = torch.zeros(
+            step.rows_in.shape, dtype=step.rows_in.dtype, pin_memory=pinned
+        )
+        self._kept_scores: Tensor | None = None
+        self._kept_marks: Tensor | None = None
+
+    def allocate_column(self, num_kv_slots: int) -> None:
+        """Allocate the readings that are kept beside `num_kv_slots` KV slots."""
+        like = self.step
+        self._kept_scores = like.scores.new_zeros(num_kv_slots, like.scores.shape[1])
+        self._kept_marks = like.marks.new_zeros(num_kv_slots, 2)
+
+    def begin(
+        self,
+        requests: Iterable[StepRequest],
+        *,
+        kv_slots: Tensor | None,
+        finished: Iterable[str] = (),
+    ) -> None:
+        """Write whose tokens the rows of the coming step are, in one copy.
+
+        Args:
+            requests: In the order of their rows.
+            kv_slots: KV slot of each row, on the device, `[num_tokens]`.
+            finished: Ids of requests that will not come back.
+        """
+        for request_id in finished:
+            self._release(request_id)
+        self._requests = list(requests)
+        self._kv_slots = kv_slots
+        rows = self._host.numpy()
+        row = 0
+        for request in self._requests:
+            index = self._claim(request)
+            share = rows[row : row + request.num_rows]
+            share[:] = request.slot, index, row
+            if request.starts_with_bos and request.first == 0:
+                share[0, 0] = 0
+            row += request.num_rows
+        self.step.rows_in[:row].copy_(self._host[:row], non_blocking=True)
+
+    def _claim(self, request: StepRequest) -> int:
+        """Return the request's place in the sticky state, fresh on admission."""
+        index = self._index.get(request.id)
+        if index is None:
+            index = self._index[request.id] = self._free.pop()
+        if request.admitted:
+            self.step.state[index].zero_()
+            self._restore_sticky(request, index)
+        return index
+
+    def _restore_sticky(self, request: StepRequest, index: int) -> None:
+        if request.prefix_slots is None or self._kept_marks is None:
+            return
+        fired = self._kept_marks[self._on_device(request.prefix_slots), 1]
+        bits = 1 << torch.arange(MAX_RULES, device=fired.device, dtype=torch.int32)
+        met = (fired[:, None] & bits).ne(0).any(0)
+        self.step.state[index] = met.to(self.step.state.dtype)
+
+    def _release(self, request_id: str) -> None:
+        index = self._index.pop(request_id, None)
+        if index is not None:
+            self._free.append(index)
+
+    def finish(self) -> StepReadings:
+        """Return the step's readings and leave every row to nobody."""
+        num_tokens = sum(request.num_rows for request in self._requests)
+        scores, marks = self.step.scores[:num_tokens], self.step.marks[:num_tokens]
+        if self._kv_slots is not None and self._kept_scores is not None:
+            self._kept_scores[self._kv_slots] = scores
+            self._kept_marks[self._kv_slots] = marks[:, :2]  # type: ignore[index]
+        host_scores, host_marks = scores.cpu().numpy().copy(), marks.cpu().numpy().copy()
+        readings, row = {}, 0
+        for request in self._requests:
+            share = slice(row, row + request.num_rows)
+            readings[request.id] = self._read(
+                request, host_scores[share], host_marks[share]
+            )
+            row += request.num_rows
+        self.clear()
+        return readings
+
+    def _read(
+        self,
+        request: StepRequest,
+        scores: npt.NDArray[np.float32],
+        marks: npt.NDArray[np.int32],
+    ) -> RequestReadings:
+        first, clamped = request.first, marks[:, 0]
+        guarded = int((marks[:, 2] == self._num_hooks).sum())
+        if request.prefix_slots is not None and self._kept_scores is not None:
+            # After the step: a neighbour may have computed this prefix within it.
+            slots = self._on_device(request.prefix_slots)
+            kept_marks = self._kept_marks[slots, 0]  # type: ignore[index]
+            scores = np.concatenate([self._kept_scores[slots].cpu().numpy(), scores])
+            clamped = np.concatenate([kept_marks.cpu().numpy(), clamped])
+            first = 0
+        return RequestReadings(first, scores, clamped, guarded)
+
+    def _on_device(self, slots: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(slots).to(self.step.marks.device)
+
+    def clear(self) -> None:
+        """Leave every row to nobody, as every pass that is no request's must find it."""
+        self._requests = []
+        self._kv_slots = None
+        self.step.clear()
+
+
+def slot_of(params: Any, default: int) -> int:
+    """Return the policy slot the engine core wrote into a request's sampling params."""
+    slot = ((params and params.extra_args) or {}).get(SLOT_KEY, default)
+    return slot if isinstance(slot, int) else default
+
+
+def slots_of_positions(
+    block_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], block_size: int
+) -> npt.NDArray[np.int64]:
+    """Return the KV slot of each position of a request that holds `block_ids`."""
+    return block_ids[positions // block_size] * block_size + positions % block_size

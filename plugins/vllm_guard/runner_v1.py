@@ -1,0 +1,118 @@
+"""The V1 model runner: its rows are known once `_prepare_inputs` has returned.
+
+One step earlier, in `execute_model`, the batch is still the one of the step before.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_guard import context
+from vllm_guard.patch import wrap
+from vllm_guard.readings import attach
+from vllm_guard.rows import StepRequest, StepRows, slot_of, slots_of_positions
+
+__all__ = ["install", "list_requests"]
+
+
+def install() -> None:
+    """Wrap what the runner does before and after its forward pass.
+
+    vLLM tells no plugin whose tokens a step's rows are. Remove when forward contexts
+    carry request ids.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    wrap(GPUModelRunner, "_prepare_inputs", _prepare_inputs)
+    wrap(GPUModelRunner, "initialize_kv_cache", initialize_kv_cache)
+    wrap(GPUModelRunner, "sample_tokens", sample_tokens)
+    wrap(GPUModelRunner, "_dummy_run", dummy_run)
+
+
+def _prepare_inputs(
+    original: Callable[..., Any],
+    runner: Any,
+    scheduler_output: Any,
+    num_scheduled_tokens: npt.NDArray[np.int32],
+) -> Any:
+    result = original(runner, scheduler_output, num_scheduled_tokens)
+    rows = context.get().rows
+    if rows is not None:
+        table = runner.input_batch.block_table.block_tables[0]
+        num_tokens = int(num_scheduled_tokens.sum())
+        rows.begin(
+            list_requests(runner, scheduler_output, num_scheduled_tokens, rows),
+            kv_slots=table.slot_mapping.gpu[:num_tokens],
+            finished=scheduler_output.finished_req_ids,
+        )
+    return result
+
+
+def list_requests(
+    runner: Any,
+    scheduler_output: Any,
+    num_scheduled_tokens: npt.NDArray[np.int32],
+    rows: StepRows,
+) -> list[StepRequest]:
+    """Read whose rows the coming step has, in their order."""
+    batch = runner.input_batch
+    table = batch.block_table.block_tables[0]
+    admitted = {data.req_id for data in scheduler_output.scheduled_new_reqs}
+    admitted |= set(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+    bos = runner.model_config.hf_text_config.bos_token_id
+    requests = []
+    for index, request_id in enumerate(batch.req_ids):
+        first = int(batch.num_computed_tokens_cpu[index])
+        prefix = None
+        if request_id in admitted and first > 0:
+            blocks = table.block_table.np[index].astype(np.int64)
+            prefix = slots_of_positions(blocks, np.arange(first), table.block_size)
+        params = runner.requests[request_id].sampling_params
+        requests.append(
+            StepRequest(
+                id=request_id,
+                slot=slot_of(params, rows.default_slot),
+                first=first,
+                num_rows=int(num_scheduled_tokens[index]),
+                starts_with_bos=int(batch.token_ids_cpu[index, 0]) == bos,
+                admitted=request_id in admitted,
+                prefix_slots=prefix,
+            )
+        )
+    return requests
+
+
+def initialize_kv_cache(
+    original: Callable[..., Any], runner: Any, config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Allocate the readings that are kept beside the KV cache, once it is sized."""
+    result = original(runner, config, *args, **kwargs)
+    rows = context.get().rows
+    if rows is not None and config.kv_cache_groups:
+        block_size = config.kv_cache_groups[0].kv_cache_spec.block_size
+        rows.allocate_column(config.num_blocks * block_size)
+    return result
+
+
+def dummy_run(
+    original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Leave no row to anybody in a pass that no request is part of."""
+    rows = context.get().rows
+    if rows is not None:
+        rows.clear()
+    return original(runner, *args, **kwargs)
+
+
+def sample_tokens(
+    original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Send the step's readings along with its tokens."""
+    ran = runner.execute_model_state is not None
+    output = original(runner, *args, **kwargs)
+    rows = context.get().rows
+    if ran and rows is not None:
+        attach(output, rows.finish())
+    return output

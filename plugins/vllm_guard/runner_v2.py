@@ -1,0 +1,117 @@
+"""The V2 model runner: it drops sampling params early and resumes as a new request.
+
+vLLM's CPU build cannot run it, so this adapter is off until it has passed on a GPU;
+a contract test holds it against vLLM's source.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_guard import context, runner_v1
+from vllm_guard.patch import wrap
+from vllm_guard.rows import StepRequest, StepRows, slot_of, slots_of_positions
+
+__all__ = ["install"]
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the runner forgets about a request after its admission."""
+
+    slot: int
+    starts_with_bos: bool
+    block_ids: list[int]
+    admitted: bool = True
+
+
+_known: dict[str, _Known] = {}
+
+
+def install() -> None:
+    """Wrap admission, input preparation and sampling, as for the V1 runner."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    wrap(GPUModelRunner, "add_requests", _add_requests)
+    wrap(GPUModelRunner, "prepare_inputs", _prepare_inputs)
+    wrap(GPUModelRunner, "initialize_kv_cache", runner_v1.initialize_kv_cache)
+    wrap(GPUModelRunner, "sample_tokens", runner_v1.sample_tokens)
+    wrap(GPUModelRunner, "_dummy_run", runner_v1.dummy_run)
+
+
+def _add_requests(
+    original: Callable[..., Any], runner: Any, scheduler_output: Any
+) -> Any:
+    rows = context.get().rows
+    if rows is not None:
+        bos = runner.model_config.hf_text_config.bos_token_id
+        _remember(scheduler_output, rows, bos)
+    return original(runner, scheduler_output)
+
+
+def _remember(scheduler_output: Any, rows: StepRows, bos: int | None) -> None:
+    for request_id in scheduler_output.finished_req_ids:
+        _known.pop(request_id, None)
+    for data in scheduler_output.scheduled_new_reqs:
+        _known[data.req_id] = _Known(
+            slot=slot_of(data.sampling_params, rows.default_slot),
+            starts_with_bos=data.prefill_token_ids[0] == bos,
+            block_ids=list(data.block_ids[0]),
+        )
+    cached = scheduler_output.scheduled_cached_reqs
+    for request_id, new_block_ids in zip(
+        cached.req_ids, cached.new_block_ids, strict=True
+    ):
+        if new_block_ids is not None:
+            _known[request_id].block_ids += new_block_ids[0]
+
+
+def _prepare_inputs(
+    original: Callable[..., Any],
+    runner: Any,
+    scheduler_output: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    batch = original(runner, scheduler_output, *args, **kwargs)
+    rows = context.get().rows
+    if rows is not None:
+        block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        requests, kv_slots = _list_requests(batch, block_size)
+        rows.begin(
+            requests,
+            kv_slots=torch.from_numpy(kv_slots).to(runner.device),
+            finished=scheduler_output.finished_req_ids,
+        )
+    return batch
+
+
+def _list_requests(
+    batch: Any, block_size: int
+) -> tuple[list[StepRequest], npt.NDArray[np.int64]]:
+    """Read whose rows the step has, and their KV slots, from an `InputBatch`."""
+    requests, kv_slots = [], []
+    for index, request_id in enumerate(batch.req_ids):
+        known = _known[request_id]
+        first = int(batch.num_computed_tokens_np[index])
+        num_rows = int(batch.num_scheduled_tokens[index])
+        blocks = np.array(known.block_ids, dtype=np.int64)
+        slots = slots_of_positions(blocks, np.arange(first + num_rows), block_size)
+        kv_slots.append(slots[first:])
+        requests.append(
+            StepRequest(
+                id=request_id,
+                slot=known.slot,
+                first=first,
+                num_rows=num_rows,
+                starts_with_bos=known.starts_with_bos,
+                admitted=known.admitted,
+                prefix_slots=slots[:first] if known.admitted and first else None,
+            )
+        )
+        known.admitted = False
+    return requests, np.concatenate(kv_slots)

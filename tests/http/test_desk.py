@@ -1,0 +1,94 @@
+import time
+
+import pytest
+
+from guard.errors import RequestError
+from guard.http import PolicyDesk
+from guard.request import GuardField, read_ticket
+from guard.verdict import Verdict
+
+SECRET = b"a secret of the test, 32 bytes.."
+
+
+def make_verdict(guard_id, **values):
+    known = {"policy": "default", "fingerprint": "f-default", "mode": "enforce"}
+    return Verdict(**{"id": guard_id, **known, "action": "allow", **values})
+
+
+@pytest.fixture
+def guard_id(desk):
+    return desk.admit(GuardField(), authorization=None).guard_id
+
+
+def test_nothing_asked_is_the_default_policy(desk):
+    admission = desk.admit(GuardField(), authorization=None)
+    ticket = read_ticket(admission.ticket, SECRET, now=time.time())
+    assert ticket is not None
+    assert (ticket.guard_id, ticket.policy) == (admission.guard_id, "default")
+    assert admission.policy == "default"
+
+
+def test_a_public_policy_is_granted_with_its_trace(desk):
+    field = GuardField(policy="open", trace="summary")
+    admission = desk.admit(field, authorization=None)
+    ticket = read_ticket(admission.ticket, SECRET, now=time.time())
+    assert (ticket.policy, ticket.trace) == ("open", "summary")
+
+
+def test_a_ticket_lives_for_an_hour(desk):
+    text = desk.admit(GuardField(), authorization=None).ticket
+    assert read_ticket(text, SECRET, now=time.time() + 3500) is not None
+    assert read_ticket(text, SECRET, now=time.time() + 3700) is None
+
+
+@pytest.mark.parametrize(("policy", "status"), [("nowhere", 400), ("private", 403)])
+def test_another_policy_is_refused_without_naming_any(desk, policy, status):
+    with pytest.raises(RequestError) as caught:
+        desk.admit(GuardField(policy=policy), authorization=None)
+    assert (caught.value.status, caught.value.param) == (status, "guard.policy")
+    for name in ("open", "private"):
+        assert name not in caught.value.message.replace("not open to", "")
+
+
+def test_every_request_has_its_own_id(desk):
+    ids = {desk.admit(GuardField(), authorization=None).guard_id for _ in range(100)}
+    assert len(ids) == 100
+
+
+def test_the_latest_verdict_of_each_choice_is_kept(desk, guard_id):
+    desk.record(guard_id, 0, make_verdict(guard_id, tokens_seen=1))
+    desk.record(guard_id, 1, make_verdict(guard_id, tokens_seen=2))
+    desk.record(guard_id, 0, make_verdict(guard_id, tokens_seen=3))
+    seen = {index: v.tokens_seen for index, v in desk.verdicts(guard_id).items()}
+    assert seen == {0: 3, 1: 2}
+
+
+def test_a_closed_request_is_forgotten_and_stays_so(desk, guard_id):
+    desk.record(guard_id, 0, make_verdict(guard_id))
+    desk.close(guard_id)
+    desk.record(guard_id, 0, make_verdict(guard_id))
+    assert desk.verdicts(guard_id) == {}
+    desk.close(guard_id)
+
+
+@pytest.mark.parametrize(
+    "values", [{"policy": "open"}, {"fingerprint": "f-open"}, {"fingerprint": ""}]
+)
+def test_a_verdict_of_another_policy_is_no_verdict(desk, guard_id, values):
+    desk.record(guard_id, 0, make_verdict(guard_id))
+    desk.record(guard_id, 0, make_verdict(guard_id, **values))
+    assert desk.verdicts(guard_id) == {}
+
+
+def test_an_unknown_request_is_not_recorded(desk):
+    desk.record("guard-x", 0, make_verdict("guard-x"))
+    assert desk.verdicts("guard-x") == {}
+
+
+def test_the_oldest_request_is_forgotten_at_the_bound(policy_file):
+    prints = dict.fromkeys(policy_file.policies, "f")
+    desk = PolicyDesk(policy_file, prints, secret=SECRET, max_open=2)
+    ids = [desk.admit(GuardField(), authorization=None).guard_id for _ in range(3)]
+    for guard_id in ids:
+        desk.record(guard_id, 0, make_verdict(guard_id, fingerprint="f"))
+    assert [len(desk.verdicts(guard_id)) for guard_id in ids] == [0, 1, 1]

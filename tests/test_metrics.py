@@ -1,0 +1,163 @@
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from guard.metrics import Metrics
+from guard.verdict import Alarm, Verdict
+
+
+def make_policy(mode: str, on_alarm: str = "block") -> Any:
+    return SimpleNamespace(
+        mode=mode,
+        clamps=[SimpleNamespace(name="jailbreak")],
+        monitors=[SimpleNamespace(name="recovery", on_alarm=on_alarm)],
+    )
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def metrics(registry) -> Metrics:
+    policy_file: Any = SimpleNamespace(
+        policies={"default": make_policy("enforce"), "watch": make_policy("observe")},
+        saes={"l12": SimpleNamespace(hook_point="layers.12.resid_post")},
+    )
+    return Metrics(
+        policy_file,
+        fingerprints={"default": "f1", "watch": "f2"},
+        digests={"l12": "d1"},
+        registry=registry,
+    )
+
+
+def make_verdict(action: Any = "allow", **values: Any) -> Verdict:
+    return Verdict("id", "default", "f1", "enforce", action, **values)
+
+
+def make_reading(ratio: float) -> Any:
+    return SimpleNamespace(monitor="recovery", ratio=ratio)
+
+
+BLOCK_ALARM = Alarm("recovery", 8.0, 4.0, 2.0, 16, "output", "block")
+
+
+def test_every_series_exists_before_the_first_event(metrics, registry):
+    expected = [
+        ("requests_total", {"policy": "default", "mode": "enforce", "action": "block"}),
+        ("requests_total", {"policy": "watch", "mode": "observe", "action": "flag"}),
+        ("tokens_total", {"phase": "prefill"}),
+        ("tokens_total", {"phase": "decode"}),
+        ("clamped_tokens_total", {"policy": "default", "clamp": "jailbreak"}),
+        (
+            "alarms_total",
+            {
+                "policy": "default",
+                "monitor": "recovery",
+                "stage": "prompt",
+                "action": "block",
+            },
+        ),
+        (
+            "alarms_total",
+            {
+                "policy": "watch",
+                "monitor": "recovery",
+                "stage": "output",
+                "action": "flag",
+            },
+        ),
+        ("score_ratio_count", {"policy": "default", "monitor": "recovery"}),
+        ("error_norm_ratio_count", {}),
+        ("alarm_position_tokens_count", {}),
+        ("clamp_residual_activation_count", {}),
+        ("errors_total", {"component": "engine"}),
+        ("unscored_tokens_total", {"reason": "no_score"}),
+    ]
+    for name, labels in expected:
+        assert registry.get_sample_value(f"guard_{name}", labels) == 0.0, name
+
+
+def test_a_policy_that_observes_has_no_series_for_blocks(metrics, registry):
+    labels = {"policy": "watch", "mode": "observe", "action": "block"}
+    assert registry.get_sample_value("guard_requests_total", labels) is None
+
+
+def test_the_facts_are_gauges_at_one(metrics, registry):
+    get = registry.get_sample_value
+    assert get("guard_policy_info", {"policy": "watch", "fingerprint": "f2"}) == 1.0
+    sae = {"sae": "l12", "hook_point": "layers.12.resid_post", "sha256": "d1"}
+    assert get("guard_sae_info", sae) == 1.0
+    assert b"guard_info{" in generate_latest(registry)
+
+
+def test_a_ratio_of_one_lies_on_a_bucket_boundary(metrics, registry):
+    metrics.finish(make_verdict(), [make_reading(1.0)])
+    metrics.finish(make_verdict(), [make_reading(1.0000001)])
+    labels = {"policy": "default", "monitor": "recovery", "le": "1.0"}
+    assert registry.get_sample_value("guard_score_ratio_bucket", labels) == 1.0
+
+
+@pytest.mark.parametrize("ratio", [math.inf, math.nan])
+def test_a_score_that_is_not_finite_counts_as_large_and_spoils_nothing(
+    metrics, registry, ratio
+):
+    metrics.finish(make_verdict(), [make_reading(ratio)])
+    labels = {"policy": "default", "monitor": "recovery"}
+    value = registry.get_sample_value
+    assert value("guard_score_ratio_bucket", labels | {"le": "10.0"}) == 0.0
+    assert value("guard_score_ratio_count", labels) == 1.0
+    assert math.isfinite(value("guard_score_ratio_sum", labels))
+
+
+def test_progress_counts_only_what_is_new(metrics, registry):
+    before = make_verdict(clamped_tokens={"jailbreak": 3})
+    now = make_verdict(clamped_tokens={"jailbreak": 5})
+    metrics.observe_progress(None, before)
+    metrics.observe_progress(before, now)
+    metrics.observe_progress(now, now)
+    labels = {"policy": "default", "clamp": "jailbreak"}
+    assert registry.get_sample_value("guard_clamped_tokens_total", labels) == 5.0
+
+
+def test_progress_never_runs_backwards(metrics, registry):
+    before = make_verdict(clamped_tokens={"jailbreak": 5})
+    metrics.observe_progress(before, make_verdict(clamped_tokens={"jailbreak": 3}))
+    labels = {"policy": "default", "clamp": "jailbreak"}
+    assert registry.get_sample_value("guard_clamped_tokens_total", labels) == 0.0
+
+
+def test_a_blocked_request_counts_its_action_alarm_and_position(metrics, registry):
+    metrics.finish(make_verdict("block", alarms=(BLOCK_ALARM,)), [make_reading(2.0)])
+    value = registry.get_sample_value
+    requests = {"policy": "default", "mode": "enforce", "action": "block"}
+    assert value("guard_requests_total", requests) == 1.0
+    alarms = {"policy": "default", "monitor": "recovery"}
+    alarms |= {"stage": "output", "action": "block"}
+    assert value("guard_alarms_total", alarms) == 1.0
+    assert value("guard_alarm_position_tokens_bucket", {"le": "16.0"}) == 1.0
+    assert value("guard_alarm_position_tokens_bucket", {"le": "8.0"}) == 0.0
+
+
+def test_tokens_errors_and_unscored_tokens_are_counted(metrics, registry):
+    metrics.count_tokens("prefill", 98)
+    metrics.count_unscored("no_reading", 4)
+    metrics.count_error("worker")
+    metrics.observe_error_norm(0.3)
+    metrics.observe_clamp_residual(0.0)
+    value = registry.get_sample_value
+    assert value("guard_tokens_total", {"phase": "prefill"}) == 98.0
+    assert value("guard_unscored_tokens_total", {"reason": "no_reading"}) == 4.0
+    assert value("guard_errors_total", {"component": "worker"}) == 1.0
+    assert value("guard_error_norm_ratio_count") == 1.0
+    assert value("guard_clamp_residual_activation_count") == 1.0
+
+
+def test_no_series_carries_a_request_id(metrics, registry):
+    metrics.finish(make_verdict("block", alarms=(BLOCK_ALARM,)), [])
+    assert b'"id"' not in generate_latest(registry)
