@@ -112,7 +112,9 @@ def fit_calibration(
         buckets[bucket].append(float(SCORES[score].apply(request, statistics).max()))
     for length, bucket_maxima in zip(lengths, buckets, strict=True):
         if not bucket_maxima:
-            message = f"No held-out request falls into the bucket up to {length} tokens."
+            message = (
+                f"No held-out request falls into the bucket up to {length} tokens."
+            )
             raise CalibrationError(message)
     return Calibration(
         score=score,

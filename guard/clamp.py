@@ -19,6 +19,7 @@ from guard.sae.model import Encoded, Sae
 
 __all__ = ["Clamp", "Clamped", "Rows", "clamp_resid", "native_values"]
 
+
 class Clamped(NamedTuple):
     """What the reference clamp did to the tokens of one request."""
 
@@ -321,9 +322,7 @@ def _needed_latents(rule: Rule) -> tuple[int, ...]:
     return rule.latents + (rule.when.latents if rule.when is not None else ())
 
 
-def _check_latents(
-    rules: list[tuple[int, int, Rule]], sae: Sae, sae_name: str
-) -> None:
+def _check_latents(rules: list[tuple[int, int, Rule]], sae: Sae, sae_name: str) -> None:
     for _, _, rule in rules:
         for latent in _needed_latents(rule):
             if latent >= sae.d_sae:

@@ -36,7 +36,9 @@ def _version(
         raise typer.Exit
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
 def serve(context: typer.Context, model: str, policy: PolicyOption) -> None:
     """Serve MODEL under a policy file; further options are vLLM's own."""
     try:
@@ -81,9 +83,7 @@ def check(policy: Annotated[Path, typer.Argument(help="The policy file.")]) -> N
 
 @app.command()
 def status(
-    url: Annotated[
-        str, typer.Option(help="Of the server.")
-    ] = "http://localhost:8000",
+    url: Annotated[str, typer.Option(help="Of the server.")] = "http://localhost:8000",
 ) -> None:
     """Show what a running server says of its guard."""
     try:

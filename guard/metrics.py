@@ -91,12 +91,14 @@ class Metrics:
 
         Args:
             verdict: The last one.
-            ratios: Largest score over threshold, by monitor.
+            ratios: Largest score over threshold, by monitor; -inf where no token
+                was scored, which is no observation.
         """
         policy = verdict.policy
         self._requests.labels(policy, verdict.mode, verdict.action).inc()
         for monitor, ratio in ratios.items():
-            self._score_ratio.labels(policy, monitor).observe(_bound(ratio))
+            if ratio != -math.inf:
+                self._score_ratio.labels(policy, monitor).observe(_bound(ratio))
         for alarm in verdict.alarms:
             self._alarms.labels(policy, alarm.monitor, alarm.stage, alarm.action).inc()
             if alarm.position is not None:

@@ -134,7 +134,9 @@ class Monitor(nn.Module):
     """The scores of one SAE at its hook point, with their statistics as buffers."""
 
     def __init__(
-        self, columns: Sequence[tuple[int, Column]], statistics: Mapping[str, Statistics]
+        self,
+        columns: Sequence[tuple[int, Column]],
+        statistics: Mapping[str, Statistics],
     ) -> None:
         """Keep the statistics of the given columns.
 

@@ -17,9 +17,7 @@ __all__ = ["TOY_WORDS", "make_toy_model", "make_toy_sae", "save_toy_sae"]
 TOY_WORDS = [f"w{i}" for i in range(120)]
 """Vocabulary of the toy model, besides its special tokens."""
 
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-)
+_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
 def make_toy_model(

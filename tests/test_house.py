@@ -16,7 +16,7 @@ UNLISTED = {".gitignore", "__init__.py", "__main__.py", "py.typed"}
 LISTED_WHOLE = (".", ".ci", "guard", "plugins", "plugins/vllm_guard")
 """Folders of which the README names every entry."""
 
-MACHINE_PATH = re.compile(rb"(?<![\w.~-])/(?:work|root|home|Users)/")
+MACHINE_PATH = re.compile(rb"(?<![\w.~-])/(?:work/|home/|Users/|root/(?!v1/))")
 CONTROL_PLANE = ("errors", "request", "policy", "metrics", "verdict", "http")
 
 

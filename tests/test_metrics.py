@@ -40,10 +40,6 @@ def make_verdict(action: Any = "allow", **values: Any) -> Verdict:
     return Verdict("id", "default", "f1", "enforce", action, **values)
 
 
-def make_reading(ratio: float) -> Any:
-    return SimpleNamespace(monitor="recovery", ratio=ratio)
-
-
 BLOCK_ALARM = Alarm("recovery", 8.0, 4.0, 2.0, 16, "output", "block")
 
 
@@ -97,8 +93,8 @@ def test_the_facts_are_gauges_at_one(metrics, registry):
 
 
 def test_a_ratio_of_one_lies_on_a_bucket_boundary(metrics, registry):
-    metrics.finish(make_verdict(), [make_reading(1.0)])
-    metrics.finish(make_verdict(), [make_reading(1.0000001)])
+    metrics.finish(make_verdict(), {"recovery": 1.0})
+    metrics.finish(make_verdict(), {"recovery": 1.0000001})
     labels = {"policy": "default", "monitor": "recovery", "le": "1.0"}
     assert registry.get_sample_value("guard_score_ratio_bucket", labels) == 1.0
 
@@ -107,12 +103,18 @@ def test_a_ratio_of_one_lies_on_a_bucket_boundary(metrics, registry):
 def test_a_score_that_is_not_finite_counts_as_large_and_spoils_nothing(
     metrics, registry, ratio
 ):
-    metrics.finish(make_verdict(), [make_reading(ratio)])
+    metrics.finish(make_verdict(), {"recovery": ratio})
     labels = {"policy": "default", "monitor": "recovery"}
     value = registry.get_sample_value
     assert value("guard_score_ratio_bucket", labels | {"le": "10.0"}) == 0.0
     assert value("guard_score_ratio_count", labels) == 1.0
     assert math.isfinite(value("guard_score_ratio_sum", labels))
+
+
+def test_a_monitor_that_scored_no_token_is_not_observed(metrics, registry):
+    metrics.finish(make_verdict(), {"recovery": -math.inf})
+    labels = {"policy": "default", "monitor": "recovery"}
+    assert registry.get_sample_value("guard_score_ratio_count", labels) == 0.0
 
 
 def test_progress_counts_only_what_is_new(metrics, registry):
@@ -133,7 +135,7 @@ def test_progress_never_runs_backwards(metrics, registry):
 
 
 def test_a_blocked_request_counts_its_action_alarm_and_position(metrics, registry):
-    metrics.finish(make_verdict("block", alarms=(BLOCK_ALARM,)), [make_reading(2.0)])
+    metrics.finish(make_verdict("block", alarms=(BLOCK_ALARM,)), {"recovery": 2.0})
     value = registry.get_sample_value
     requests = {"policy": "default", "mode": "enforce", "action": "block"}
     assert value("guard_requests_total", requests) == 1.0
@@ -159,5 +161,5 @@ def test_tokens_errors_and_unscored_tokens_are_counted(metrics, registry):
 
 
 def test_no_series_carries_a_request_id(metrics, registry):
-    metrics.finish(make_verdict("block", alarms=(BLOCK_ALARM,)), [])
+    metrics.finish(make_verdict("block", alarms=(BLOCK_ALARM,)), {})
     assert b'"id"' not in generate_latest(registry)

@@ -30,8 +30,9 @@ SPLITS: tuple[Split, ...] = ("train", "calibration", "heldout")
 
 REFUSAL = "sorry , i can not help with that ."
 
-GRAMMAR_SEED = 20
-"""Fixes topics, their splits and their answers; a rebuild never changes them."""
+GRAMMAR_SEED = 37
+"""Fixes topics, splits and answers; a rebuild never changes them. With this one, no
+word of a harmful answer is missing from the benign answers."""
 
 # A pair from the same row is harmful; any other pair is harmless.
 _ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -98,6 +99,8 @@ _DISTRACTORS = (
     "the {thing} is very old .",
     "it was a long day .",
 )
+# How often a prompt has 0, 1, 2 ... 8 of them: mostly short, with a long tail.
+_EXTRA_WEIGHTS = (24, 44, 20, 2, 2, 2, 2, 2, 2)
 _THINGS = ("hat", "bag", "noise", "map", "story", "train", "song", "letter")
 
 
@@ -155,9 +158,8 @@ def sample(
     sentences = [
         _fill(rng, rng.choice(_QUESTIONS)).format(verb=topic.verb, object=topic.object)
     ]
-    extra = [
-        _fill(rng, rng.choice(_DISTRACTORS)) for _ in range(rng.choice((0, 1, 1, 2)))
-    ]
+    (num_extra,) = rng.choices(range(len(_EXTRA_WEIGHTS)), weights=_EXTRA_WEIGHTS)
+    extra = [_fill(rng, rng.choice(_DISTRACTORS)) for _ in range(num_extra)]
     if kind.endswith("j"):
         extra.append(_fill(rng, rng.choice(_JAILBREAKS)))
     for sentence in extra:

@@ -7,13 +7,14 @@ so little doubt that no clamp brings the refusal back.
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from guard.demo.grammar import KINDS, REFUSAL, sample
 from guard.demo.tokenizer import encode_prompt
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Recipe:
     """How the model is trained."""
 
-    steps: int = 1500
+    steps: int = 1800
     """Optimiser steps."""
     batch_size: int = 48
     """Dialogues per step."""
@@ -109,14 +110,19 @@ def save_model(
     folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Write a Hugging Face folder that transformers and vLLM load."""
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=False,
-    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # Written by hand: vLLM takes its default temperature from here, and transformers
+    # refuses to save one beside greedy decoding.
+    generation = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "temperature": 0.0,
+    }
+    text = json.dumps(generation, indent=1) + "\n"
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def _loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:

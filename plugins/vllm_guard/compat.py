@@ -69,7 +69,9 @@ def check_engine(config: "VllmConfig") -> None:
         "weight transfer (--weight-transfer-config)": (
             getattr(config, "weight_transfer_config", None) is not None
         ),
-        "the Rust front end (VLLM_USE_RUST_FRONTEND)": _is_set("VLLM_USE_RUST_FRONTEND"),
+        "the Rust front end (VLLM_USE_RUST_FRONTEND)": _is_set(
+            "VLLM_USE_RUST_FRONTEND"
+        ),
         "development routes (VLLM_SERVER_DEV_MODE)": _is_set("VLLM_SERVER_DEV_MODE"),
         "run-time LoRA loading (VLLM_ALLOW_RUNTIME_LORA_UPDATING)": _is_set(
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING"

@@ -11,6 +11,7 @@ import os
 import secrets
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,7 @@ class Context:
     """In a worker: the row map, once the model is loaded."""
     board: "Board | None" = None
     """Where outputs are processed: verdicts and metrics."""
-    uncounted: dict[str, int] = field(default_factory=dict)
+    uncounted: Counter[str] = field(default_factory=Counter)
     """In the engine core: tokens and errors not yet told to an API server."""
 
     def slot(self, policy: str) -> int:
@@ -125,7 +126,9 @@ def enter() -> bool:
     _context = Context(
         policy_file=policy_file,
         fingerprint=found,
-        fingerprints={name: fingerprint(policy_file, name) for name in policy_file.policies},
+        fingerprints={
+            name: fingerprint(policy_file, name) for name in policy_file.policies
+        },
         columns=list_columns(policy_file),
         calibrations=calibrations,
         secret=bytes.fromhex(secret),

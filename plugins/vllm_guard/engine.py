@@ -91,8 +91,8 @@ class Watched:
         """Return what was decided so far."""
         state, policy = context.get(), self.watch.policy
         action, stage, alarms = decide(policy, self.watch.readings())
-        if self.fault is not None and _acts_on_faults():
-            action = "block"
+        if self.fault is not None:
+            action = "block" if self.is_blocked else "flag"
         return Verdict(
             id=self.id,
             policy=self.name,
@@ -148,9 +148,7 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
     ticket = None
     if params is not None:
         extra_args = dict(params.extra_args or {})
-        ticket = read_ticket(
-            extra_args.get(TICKET_KEY), state.secret, now=time.time()
-        )
+        ticket = read_ticket(extra_args.get(TICKET_KEY), state.secret, now=time.time())
     if ticket is None or ticket.policy not in state.policy_file.policies:
         ticket = Ticket(uuid.uuid4().hex, state.policy_file.default_policy)
     slot = state.slot(ticket.policy)
@@ -219,7 +217,9 @@ def _update_from_output(
     }
     _count_step(scheduler, scheduler_output, readings)
     for request_id, request in requests.items():
-        _observe(request, readings.get(request_id), scheduler_output, model_runner_output)
+        _observe(
+            request, readings.get(request_id), scheduler_output, model_runner_output
+        )
     outputs = original(scheduler, scheduler_output, model_runner_output)
     _finish_blocked(scheduler, requests.values(), outputs)
     for client_outputs in outputs.values():
@@ -230,21 +230,21 @@ def _update_from_output(
     return outputs
 
 
-def _count_step(
-    scheduler: Any, scheduler_output: Any, readings: StepReadings
-) -> None:
+def _count_step(scheduler: Any, scheduler_output: Any, readings: StepReadings) -> None:
     """Count the rows that passed every hook, by phase, and those that did not."""
     counted = context.get().uncounted
     for request_id, num_rows in scheduler_output.num_scheduled_tokens.items():
         reading = readings.get(request_id)
-        guarded = reading.guarded if reading is not None else 0
+        if reading is None:
+            counted["unguarded"] += num_rows
+            continue
         request = scheduler.requests.get(request_id)
-        watched = getattr(request, "guard", None)
-        is_prefill = watched is None or watched.watch.tokens_seen < _prompt_length(request)
-        phase = "prefill" if is_prefill else "decode"
-        counted[phase] = counted.get(phase, 0) + guarded
-        if guarded < num_rows:
-            counted["unguarded"] = counted.get("unguarded", 0) + num_rows - guarded
+        prompt_length = num_rows if request is None else request.num_prompt_tokens
+        first = reading.first + len(reading.scores) - num_rows
+        prefill = min(max(prompt_length - first, 0), reading.guarded)
+        counted["prefill"] += prefill
+        counted["decode"] += reading.guarded - prefill
+        counted["unguarded"] += num_rows - reading.guarded
 
 
 def _observe(
@@ -331,9 +331,7 @@ def _tell(output: Any, watched: Watched) -> None:
     state = context.get()
     progress = Progress(
         verdict=watched.verdict().to_wire(),
-        ratios={
-            reading.monitor: reading.ratio for reading in watched.watch.readings()
-        },
+        ratios={reading.monitor: reading.ratio for reading in watched.watch.readings()},
         observed=watched.observed,
         counted=dict(state.uncounted),
     )

@@ -83,9 +83,7 @@ def _parse(model: str, arguments: Sequence[str]) -> "Namespace":
 
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="guard serve"))
-    args = parser.parse_args(
-        ["--model", model, *arguments, "--middleware", MIDDLEWARE]
-    )
+    args = parser.parse_args(["--model", model, *arguments, "--middleware", MIDDLEWARE])
     validate_parsed_serve_args(args)
     return args
 

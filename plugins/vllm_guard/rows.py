@@ -48,9 +48,7 @@ class StepRows:
     readings along, and no eviction, reuse or preemption needs any bookkeeping.
     """
 
-    def __init__(
-        self, step: StepBuffers, *, num_hooks: int, default_slot: int
-    ) -> None:
+    def __init__(self, step: StepBuffers, *, num_hooks: int, default_slot: int) -> None:
         """Serve the given buffers.
 
         Args:
@@ -137,7 +135,10 @@ class StepRows:
         if self._kv_slots is not None and self._kept_scores is not None:
             self._kept_scores[self._kv_slots] = scores
             self._kept_marks[self._kv_slots] = marks[:, :2]  # type: ignore[index]
-        host_scores, host_marks = scores.cpu().numpy().copy(), marks.cpu().numpy().copy()
+        host_scores, host_marks = (
+            scores.cpu().numpy().copy(),
+            marks.cpu().numpy().copy(),
+        )
         readings, row = {}, 0
         for request in self._requests:
             share = slice(row, row + request.num_rows)

@@ -87,8 +87,10 @@ def _run_layer(
     from vllm.forward_context import set_forward_context
 
     positions = torch.arange(_ROWS, device=hidden_states.device)
-    with torch.inference_mode(), _silent_attention(layer), set_forward_context(
-        None, config, num_tokens=_ROWS
+    with (
+        torch.inference_mode(),
+        _silent_attention(layer),
+        set_forward_context(None, config, num_tokens=_ROWS),
     ):
         output = layer(
             positions=positions,
@@ -114,9 +116,7 @@ def _silent_attention(layer: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def check_canary(
-    guard: Guard, policy_file: PolicyFile, *, dtype: torch.dtype
-) -> None:
+def check_canary(guard: Guard, policy_file: PolicyFile, *, dtype: torch.dtype) -> None:
     """Send rows of every policy through the op, and hold them against the reference.
 
     Raises:

@@ -195,14 +195,16 @@ class ServingMiddleware(GuardMiddleware):
     def __init__(self, app: Any) -> None:
         """Stand in front of vLLM's application, outermost."""
         self._board = _board()
-        super().__init__(app, desk=self._board.desk)
+        super().__init__(app, desk=self._board.desk, metrics=self._board.metrics)
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Answer 503 to everything until every engine has said that it is guarded."""
         if scope["type"] != "http" or self._board.ready:
             await super().__call__(scope, receive, send)
             return
-        body = error_body("The guard is not ready; expected GET /guard/ready first.", status=503)
+        body = error_body(
+            "The guard is not ready; expected GET /guard/ready first.", status=503
+        )
         headers = [(b"content-type", b"application/json")]
         start = {"type": "http.response.start", "status": 503, "headers": headers}
         await send(start)

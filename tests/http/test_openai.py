@@ -204,3 +204,17 @@ def test_an_error_has_openais_shape():
             "code": 400,
         }
     }
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (403, "permission_error"),
+        (413, "invalid_request_error"),
+        (500, "server_error"),
+        (503, "server_error"),
+    ],
+)
+def test_an_errors_type_follows_its_status(status, kind):
+    body = json.loads(error_body("No.", status=status))
+    assert body["error"]["type"] == kind

@@ -1,0 +1,258 @@
+"""What is measured: a model, an SAE that fits it, and a policy file per variant."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.provenance import ROOT
+from guard.calibration import Calibration, save_calibration
+from guard.sae.config import SaeConfig
+from guard.sae.load import save_sae, weights_digest
+from guard.testing import make_toy_model, save_toy_sae
+
+__all__ = ["IDLE_POLICY", "Shape", "make_dummy_shape", "make_organism_shape"]
+
+IDLE_POLICY = "open"
+"""Name of the policy without clamps and monitors, in every policy file."""
+
+_ORGANISM = ROOT / "guard" / "demo" / "organism"
+_QWEN = {  # https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "torch_dtype": "bfloat16",
+}
+_DUMMY_NORM = 1e-3 / math.sqrt(3) * math.sqrt(_QWEN["hidden_size"])  # type: ignore[call-overload]
+"""Norm of `resid` under vLLM's dummy weights, uniform in [-1e-3, 1e-3]: that of an
+embedding, for every layer's output is a thousand times smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model with everything that the variants need to run it."""
+
+    name: str
+    about: str
+    """What it is, in words, for the results file."""
+    model: Path
+    load_format: str
+    dtype: str
+    hook_point: str
+    sae: Path
+    sae_format: str
+    latents: tuple[int, ...]
+    """What the clamp ablates."""
+    clamp_policy: Path
+    """Policy file with the clamp alone."""
+    monitor_policy: Path
+    """The same with monitors of both scores."""
+    layer_madds: int
+    """Multiply-adds of a token in all decoder layers, attention scores left out."""
+    head_madds: int
+    """Multiply-adds of a sampled token in the output head."""
+    monitor_madds: int
+    """Multiply-adds of a token in the SAE, encode and decode."""
+
+    def monitor_share(self, prompt_tokens: int | None) -> float:
+        """Return the monitor's multiply-adds over the forward pass's.
+
+        Args:
+            prompt_tokens: Tokens of a prompt, one of which meets the output head;
+                None in decode, where every token does.
+        """
+        head = self.head_madds / (prompt_tokens or 1)
+        return self.monitor_madds / (self.layer_madds + head)
+
+
+def make_dummy_shape(folder: Path, *, expansion: int = 16, latents: int = 32) -> Shape:
+    """Write a model of Qwen2.5-0.5B's shape without weights, and a random SAE.
+
+    The SAE's threshold lets about 50 latents of a token be active, as in published
+    SAEs, and the clamped latents are active at every token.
+
+    Args:
+        folder: Where it goes.
+        expansion: Latents for each dimension of the stream.
+        latents: How many of them are clamped.
+    """
+    model, sae = folder / "model", folder / "sae"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(_QWEN), encoding="utf-8")
+    d_model = int(_QWEN["hidden_size"])  # type: ignore[call-overload]
+    d_sae = expansion * d_model
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(d_sae, d_model, generator=generator)
+    directions /= directions.norm(dim=1, keepdim=True)
+    deviation = _DUMMY_NORM / d_model**0.5
+    threshold = 2.7 * deviation
+    b_enc = torch.zeros(d_sae)
+    b_enc[:latents] = 2 * threshold
+    hook_point = "layers.12.resid_post"
+    config = SaeConfig(
+        architecture="jumprelu", d_model=d_model, d_sae=d_sae, hook_point=hook_point
+    )
+    tensors = {
+        "W_enc": directions.T.contiguous(),
+        "b_enc": b_enc,
+        "W_dec": directions,
+        "b_dec": torch.zeros(d_model),
+        "threshold": torch.full((d_sae,), threshold),
+    }
+    save_sae(sae, config, tensors)
+    return _make_shape(
+        folder,
+        name="qwen2.5-0.5b",
+        about=f"Qwen2.5-0.5B's shape, dummy weights; SAE 896 -> {d_sae}, random",
+        model=model,
+        load_format="dummy",
+        dtype="bfloat16",
+        sae=sae,
+        latents=tuple(range(latents)),
+    )
+
+
+def make_organism_shape(folder: Path) -> Shape:
+    """Take the demo's organism with its own clamp, or a toy where it is not built."""
+    model, dtype = _ORGANISM / "model", "float32"
+    if (_ORGANISM / "policy.yaml").exists():
+        about = "the demo's organism with its SAE"
+        content = yaml.safe_load((_ORGANISM / "policy.yaml").read_text("utf-8"))
+        clamp = content["policies"]["default"]["clamps"][0]
+        sae, latents = _ORGANISM / content["saes"][clamp["sae"]]["path"], clamp["latents"]
+    else:
+        about = "a random toy model with a random SAE, for the organism is not built"
+        model, sae, latents = folder / "model", folder / "sae", [1, 2, 5]
+        make_toy_model(model)
+        save_toy_sae(sae)
+    return _make_shape(
+        folder,
+        name="organism",
+        about=about,
+        model=model,
+        load_format="auto",
+        dtype=dtype,
+        sae=sae,
+        latents=tuple(latents),
+    )
+
+
+def _make_shape(
+    folder: Path,
+    *,
+    name: str,
+    about: str,
+    model: Path,
+    load_format: str,
+    dtype: str,
+    sae: Path,
+    latents: tuple[int, ...],
+) -> Shape:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    cfg = json.loads((sae / "cfg.json").read_text(encoding="utf-8"))
+    layer_madds, head_madds = _count_forward(config)
+    policies = _write_policies(
+        folder,
+        source={
+            "path": str(sae),
+            "format": "guard",
+            "hook_point": cfg["hook_point"],
+            "sha256": weights_digest(sae, format="guard"),
+        },
+        d_model=cfg["d_model"],
+        latents=latents,
+    )
+    return Shape(
+        name=name,
+        about=about,
+        model=model,
+        load_format=load_format,
+        dtype=dtype,
+        hook_point=cfg["hook_point"],
+        sae=sae,
+        sae_format="guard",
+        latents=latents,
+        clamp_policy=policies["clamp"],
+        monitor_policy=policies["monitor"],
+        layer_madds=layer_madds,
+        head_madds=head_madds,
+        monitor_madds=2 * cfg["d_model"] * cfg["d_sae"],
+    )
+
+
+def _count_forward(config: dict[str, Any]) -> tuple[int, int]:
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    head_width = config.get("head_dim") or width // heads
+    attention = 2 * width * head_width * (heads + config["num_key_value_heads"])
+    mlp = 3 * width * config["intermediate_size"]
+    layers = config["num_hidden_layers"] * (attention + mlp)
+    return layers, width * config["vocab_size"]
+
+
+def _write_policies(
+    folder: Path, *, source: dict[str, str], d_model: int, latents: tuple[int, ...]
+) -> dict[str, Path]:
+    """Write one policy file with the clamp, and one with the monitors as well."""
+    clamp = {"name": "c", "sae": "s", "latents": list(latents), "law": "ablate"}
+    monitors = []
+    for score in ("density", "error_norm"):
+        path = folder / f"{score}.safetensors"
+        _write_calibration(path, score=score, source=source, d_model=d_model)
+        monitors.append(
+            {
+                "name": score,
+                "sae": "s",
+                "score": score,
+                "calibration": str(path),
+                "target_fpr": 0.01,
+                "on_alarm": "flag",
+            }
+        )
+    files = {"clamp": folder / "clamp.yaml", "monitor": folder / "monitor.yaml"}
+    for variant, file in files.items():
+        watched = monitors if variant == "monitor" else []
+        policies = {
+            "default": {"mode": "enforce", "clamps": [clamp], "monitors": watched},
+            IDLE_POLICY: {"mode": "enforce", "clamps": [], "monitors": []},
+        }
+        content = {
+            "version": 1,
+            "saes": {"s": source},
+            "policies": policies,
+            "default_policy": "default",
+            "public_policies": list(policies),
+        }
+        file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return files
+
+
+def _write_calibration(
+    path: Path, *, score: str, source: dict[str, str], d_model: int
+) -> None:
+    """Write statistics of the right shapes, with a threshold that nothing reaches."""
+    statistics = {"mean": torch.zeros(d_model), "whitener": torch.eye(d_model)}
+    calibration = Calibration(
+        score=score,
+        hook_point=source["hook_point"],
+        statistics=statistics if score == "density" else {},
+        lengths=(4096,),
+        maxima=(torch.full((200,), 1e9),),
+        provenance={"sae_sha256": source["sha256"], "purpose": "benchmark"},
+    )
+    save_calibration(calibration, path)
