@@ -32,11 +32,10 @@ def load_saes(policy_file: PolicyFile) -> dict[str, Sae]:
     Raises:
         SaeError: A file is missing, or is not the one named.
     """
-    used = {
-        entry.sae
-        for policy in policy_file.policies.values()
-        for entry in (*policy.clamps, *policy.monitors)
-    }
+    used: set[str] = set()
+    for policy in policy_file.policies.values():
+        used.update(rule.sae for rule in policy.clamps)
+        used.update(monitor.sae for monitor in policy.monitors)
     return {
         name: load_sae(
             source.path,

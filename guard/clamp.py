@@ -217,13 +217,14 @@ class Clamp(nn.Module):
         table("offset", (num_slots, width), 0.0)
         table("low", (num_slots, width), -torch.inf)
         table("high", (num_slots, width), torch.inf)
-        table("if_active", (num_slots, width), False)  # noqa: FBT003 - a fill value
+        table("if_active", (num_slots, width), False)
         table("rule_of", (num_slots, width), MAX_RULES)
         table("condition_of", (num_slots, MAX_RULES), 0)
-        table("sticky", (num_slots, MAX_RULES), False)  # noqa: FBT003 - a fill value
+        table("sticky", (num_slots, MAX_RULES), False)
         table("above", (num_rules + 1,), torch.inf)
-        table("watched", (num_rules + 1, width), False)  # noqa: FBT003 - a fill value
-        self.register_buffer("columns", torch.tensor(columns, device=device), False)
+        table("watched", (num_rules + 1, width), False)
+        chosen = torch.tensor(columns, dtype=torch.int64, device=device)
+        self.register_buffer("columns", chosen, False)
         bits = 1 << torch.arange(MAX_RULES, device=device, dtype=torch.int32)
         self.register_buffer("bits", bits, False)
 

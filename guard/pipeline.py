@@ -14,11 +14,19 @@ from guard.calibration import Calibration
 from guard.clamp import Clamp, Rows
 from guard.errors import CalibrationError
 from guard.hook import HookPoint
-from guard.monitor import Activations, Column, Monitor, list_columns
+from guard.monitor import SCORES, Activations, Column, Monitor, list_columns
 from guard.policy import MAX_RULES, PolicyFile
 from guard.sae.model import Sae
 
-__all__ = ["Guard", "Marks", "StepBuffers", "build_guards", "read_resid"]
+__all__ = [
+    "Dictionary",
+    "Guard",
+    "Marks",
+    "SeenColumns",
+    "StepBuffers",
+    "build_guards",
+    "read_resid",
+]
 
 _TINY = 1e-12
 
@@ -77,29 +85,26 @@ class StepBuffers(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class _Watched:
-    """The columns one SAE fills, where it is monitored at all."""
+class SeenColumns:
+    """The columns an SAE fills for the metrics alone."""
 
     error_ratio: int
+    """Of |error| / |resid|."""
     clamp_residual: int
+    """Of the largest clamped latent, encoded again."""
 
 
-class _Dictionary(nn.Module):
+@dataclass(frozen=True, slots=True)
+class Dictionary:
     """One SAE at the hook point, with what the policies want of it."""
 
-    def __init__(
-        self,
-        name: str,
-        clamp: Clamp,
-        monitor: Monitor,
-        watched: _Watched | None,
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.sae = clamp.sae
-        self.clamp = clamp
-        self.monitor = monitor
-        self.watched = watched
+    name: str
+    """In the policy file."""
+    sae: Sae
+    clamp: Clamp
+    monitor: Monitor
+    seen: SeenColumns | None
+    """None where no policy monitors it, and nothing needs to be decoded."""
 
 
 class Guard(nn.Module):
@@ -108,14 +113,17 @@ class Guard(nn.Module):
     def __init__(
         self,
         hook_point: HookPoint,
-        dictionaries: Sequence[_Dictionary],
+        dictionaries: Sequence[Dictionary],
         step: StepBuffers,
     ) -> None:
         """Keep the parts; `build_guards` makes them from a policy file."""
         super().__init__()
         self.hook_point = hook_point
-        self.dictionaries = nn.ModuleList(dictionaries)
+        self.dictionaries = tuple(dictionaries)
         self.step = step
+        # Registered, so that the tensors follow the model they are attached to.
+        self.clamps = nn.ModuleList(part.clamp for part in dictionaries)
+        self.monitors = nn.ModuleList(part.monitor for part in dictionaries)
         self.has_clamps = any(len(part.clamp.columns) for part in dictionaries)
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None) -> None:
@@ -140,6 +148,8 @@ class Guard(nn.Module):
         total = torch.zeros_like(resid)
         touched = torch.zeros_like(rows.slot, dtype=torch.bool)
         for part in self.dictionaries:
+            if not len(part.clamp.columns):
+                continue
             clamped = part.clamp(resid, rows, state=self.step.state)
             total += clamped.delta
             touched |= clamped.touched
@@ -153,17 +163,17 @@ class Guard(nn.Module):
         scores = self.step.scores[: len(resid)]
         keep = rows.slot > 0
         for part in self.dictionaries:
-            if part.watched is None:
+            if part.seen is None:
                 continue
             encoded = part.sae.encode(resid)
             error = resid - part.sae.decode(encoded)
             activations = Activations(resid, error)
             part.monitor(activations, out=scores, keep=keep)
             ratio = error.norm(dim=1) / resid.norm(dim=1).clamp(min=_TINY)
-            scores[:, part.watched.error_ratio] = torch.where(keep, ratio, 0.0)
+            scores[:, part.seen.error_ratio] = torch.where(keep, ratio, 0.0)
             if len(part.clamp.columns):
                 left = part.clamp.residual_activation(encoded, rows.slot)
-                scores[:, part.watched.clamp_residual] = left
+                scores[:, part.seen.clamp_residual] = left
 
 
 def read_resid(hidden_states: Tensor, residual: Tensor | None) -> Tensor:
@@ -192,19 +202,21 @@ def build_guards(
     """
     columns = list_columns(policy_file)
     policies = list(policy_file.policies.values())
-    places: dict[HookPoint, list[_Dictionary]] = {}
+    places: dict[HookPoint, list[Dictionary]] = {}
     for name, sae in saes.items():
         source = policy_file.saes[name]
         own = [(i, column) for i, column in enumerate(columns) if column.sae == name]
         for _, column in own:
             _check_calibration(column, source.hook_point, source.sha256, calibrations)
+            _check_statistics(column, sae.d_model, calibrations)
         numbers = {column.score: i for i, column in own if column.calibration is None}
         statistics = {path: c.statistics for path, c in calibrations.items()}
-        part = _Dictionary(
-            name,
-            Clamp(policies, sae_name=name, sae=sae),
-            Monitor(own, statistics),
-            _Watched(**numbers) if numbers else None,
+        part = Dictionary(
+            name=name,
+            sae=sae,
+            clamp=Clamp(policies, sae_name=name, sae=sae),
+            monitor=Monitor(own, statistics),
+            seen=SeenColumns(**numbers) if numbers else None,
         )
         places.setdefault(HookPoint.parse(source.hook_point), []).append(part)
     return {at: Guard(at, parts, step) for at, parts in sorted(places.items())}
@@ -229,5 +241,26 @@ def _check_calibration(
         message = (
             f"{column.calibration}: made for (score, hook point, SAE) {found}; "
             f"expected {wanted}."
+        )
+        raise CalibrationError(message)
+
+
+def _check_statistics(
+    column: Column, d_model: int, calibrations: Mapping[str, Calibration]
+) -> None:
+    """Score one row of zeros, so that what does not fit is known before serving."""
+    if column.calibration is None:
+        return
+    row = torch.zeros(1, d_model)
+    statistics = calibrations[column.calibration].statistics
+    try:
+        score = SCORES[column.score].apply(Activations(row, row), statistics)
+        fits = score.shape == (1,) and bool(score.isfinite().all())
+    except (KeyError, RuntimeError):
+        fits = False
+    if not fits:
+        message = (
+            f"{column.calibration}: its statistics give no score {column.score!r} for "
+            f"a stream of width {d_model}; expected what `guard calibrate` wrote."
         )
         raise CalibrationError(message)

@@ -14,7 +14,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,6 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from guard.document import Document, Location, shorten
 from guard.errors import PolicyError
 
 __all__ = [
@@ -119,7 +119,7 @@ def _check_built(value: str, info: ValidationInfo) -> str:
 
 def _resolve(value: Path, info: ValidationInfo) -> Path:
     if not value.name or "\0" in str(value):
-        _refuse(f"{_short(str(value))} is not the path of a file or folder")
+        _refuse(f"{shorten(str(value))} is not the path of a file or folder")
     return Path((info.context or {}).get("folder", "")) / value
 
 
@@ -399,7 +399,7 @@ def load_policy(path: str | Path) -> PolicyFile:
         ) from error
     if len(content) > MAX_FILE_BYTES:
         raise PolicyError(f"{path}: is larger than 1 MiB; expected a policy file")
-    document = _Document(str(path), content)
+    document = Document(str(path), content)
     try:
         return PolicyFile.model_validate_json(
             json.dumps(document.value),
@@ -407,7 +407,8 @@ def load_policy(path: str | Path) -> PolicyFile:
             context={"folder": path.parent},
         )
     except ValidationError as error:
-        raise document.fault(error.errors(include_url=False)) from error
+        faults = error.errors(include_url=False)
+        raise document.fault(faults, explain=_explain) from error
 
 
 def fingerprint(policy_file: PolicyFile, name: str) -> str:
@@ -520,129 +521,6 @@ def _choices(field: str) -> str:
     return ", ".join(choice for choice in every if choice not in _LATER[field])
 
 
-_Location = tuple[str | int, ...]
-
-
-class _Document:
-    """A YAML text as plain values, with the line of every key.
-
-    A subset on purpose: no anchors, aliases, tags or repeated keys, so that what a
-    person reads in the file is what is meant.
-    """
-
-    def __init__(self, source: str, content: bytes) -> None:
-        self.source = source
-        self._lines: dict[_Location, int] = {(): 1}
-        try:
-            node = _Composer(content.decode("utf-8-sig")).get_single_node()
-        except UnicodeDecodeError as error:
-            raise PolicyError(f"{source}: is not UTF-8; expected YAML text") from error
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            problem = " ".join(str(error.problem).split())
-            raise PolicyError(
-                f"{source}:{line}: is not the YAML a policy is written in: {problem}"
-            ) from error
-        except yaml.YAMLError as error:
-            message = " ".join(str(error).split())
-            raise PolicyError(f"{source}: is not YAML: {message}") from error
-        if not isinstance(node, yaml.MappingNode):
-            raise PolicyError(
-                f"{source}: holds no keys; expected 'version: 1' and so on"
-            )
-        self.value = self._read(node, ())
-
-    def fault(self, errors: list[ErrorDetails]) -> PolicyError:
-        """Turn what pydantic found into one line about the first of it."""
-        found = []
-        for error in errors:
-            if error["type"] == "default_factory_not_called":
-                continue  # only says that another key is wrong
-            context = error.get("ctx", {})
-            location = (*error["loc"], *context.get("at", ()))
-            location = tuple(part for part in location if part != "[key]")
-            line = self._line(location)
-            text = f"{_show(location)}: " if location else ""
-            message = " ".join(f"{text}{_explain(error)}".split())
-            # What a later version builds comes first: the rest may be about it.
-            # The inner of two faults on a line is the cause of the outer one.
-            order = (error["type"] != "later", line, -len(location))
-            found.append((order, line, message))
-        _, line, message = min(found)
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        return PolicyError(f"{self.source}:{line}: {message}{more}")
-
-    def _line(self, location: _Location) -> int:
-        while location not in self._lines:
-            location = location[:-1]
-        return self._lines[location]
-
-    def _stop(self, node: yaml.Node, at: _Location, message: str) -> NoReturn:
-        where = f"{_show(at)}: " if at else ""
-        line = node.start_mark.line + 1
-        raise PolicyError(f"{self.source}:{line}: {where}{message}")
-
-    def _read(self, node: yaml.Node, at: _Location) -> Any:
-        if isinstance(node, yaml.MappingNode) and node.tag == _MAPPING:
-            return self._read_mapping(node, at)
-        if isinstance(node, yaml.SequenceNode) and node.tag == _SEQUENCE:
-            values = []
-            for index, item in enumerate(node.value):
-                self._lines[*at, index] = item.start_mark.line + 1
-                values.append(self._read(item, (*at, index)))
-            return values
-        if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
-            self._stop(
-                node, at, f"{node.tag.split(':')[-1]!r} is no plain value; quote it"
-            )
-        if node.style is None and _EXPONENT.fullmatch(node.value):
-            return float(node.value)  # YAML 1.1 would read 1e-3 as text
-        try:
-            return _SCALARS[node.tag](node)
-        except ValueError as error:
-            raise PolicyError(
-                f"{self.source}:{node.start_mark.line + 1}: {_show(at)}: "
-                f"{_short(node.value)} is no decimal number; quote it if it is text"
-            ) from error
-
-    def _read_mapping(self, node: yaml.MappingNode, at: _Location) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag != _TEXT:
-                shown = (
-                    _short(key.value) if isinstance(key, yaml.ScalarNode) else "this"
-                )
-                self._stop(key, at, f"key {shown} is not text; quote it")
-            if key.value in values:
-                line = self._lines[*at, key.value]
-                self._stop(key, at, f"key {key.value!r} is already on line {line}")
-            self._lines[*at, key.value] = key.start_mark.line + 1
-            values[key.value] = self._read(value, (*at, key.value))
-        return values
-
-
-class _Composer(yaml.SafeLoader):
-    """A YAML composer that refuses what makes a small file a large value."""
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if getattr(event, "anchor", None) is not None:
-            raise yaml.MarkedYAMLError(
-                problem="anchors and aliases are refused; write the value out",
-                problem_mark=event.start_mark,
-            )
-        if self._depth > _MAX_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem="it is nested too deeply", problem_mark=event.start_mark
-            )
-        self._depth += 1
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-
 _NOUNS: Mapping[str, str] = {
     "version": "a version this guard reads",
     "format": "an SAE format",
@@ -655,37 +533,6 @@ _NOUNS: Mapping[str, str] = {
     "unscored": "an action",
     "on_error": "a choice",
 }
-_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-_MAX_DEPTH = 16
-_TAG = "tag:yaml.org,2002:"
-_MAPPING, _SEQUENCE, _TEXT = f"{_TAG}map", f"{_TAG}seq", f"{_TAG}str"
-_PLAIN = yaml.constructor.SafeConstructor()
-_SCALARS: Mapping[str, Any] = {
-    _TEXT: lambda node: node.value,
-    f"{_TAG}bool": _PLAIN.construct_yaml_bool,
-    f"{_TAG}int": lambda node: _read_int(node.value),
-    f"{_TAG}float": _PLAIN.construct_yaml_float,
-    f"{_TAG}null": _PLAIN.construct_yaml_null,
-}
-
-
-def _read_int(text: str) -> int:
-    # YAML 1.1 reads 010 as eight and 1:30 as ninety.
-    if re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text) is None:
-        raise ValueError(text)
-    return int(text)
-
-
-def _show(location: _Location) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.removeprefix(".")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _explain(error: ErrorDetails) -> str:
@@ -702,15 +549,15 @@ def _explain(error: ErrorDetails) -> str:
         expected = context["expected"].replace("'", "").replace(" or ", ", ")
         expected = _choices(key) if key in _LATER else expected
         several = "one of " if "," in expected else ""
-        return f"{_short(given)} is not {_NOUNS[key]}; expected {several}{expected}"
+        return f"{shorten(given)} is not {_NOUNS[key]}; expected {several}{expected}"
     if kind == "too_long":
         return f"{context['actual_length']} entries; expected {context['max_length']}"
     if kind == "too_short":
         return f"is empty; expected at least {context['min_length']} entry"
-    return error["msg"].replace("Input", _short(given), 1)
+    return error["msg"].replace("Input", shorten(given), 1)
 
 
-def _model_at(location: _Location) -> type[BaseModel]:
+def _model_at(location: Location) -> type[BaseModel]:
     models: Mapping[str | int, type[BaseModel]] = {
         "saes": SaeSource,
         "policies": Policy,

@@ -139,6 +139,12 @@ def read_field(value: object) -> GuardField:
             "'policy' (a name) and 'trace' ('none', 'summary' or 'tokens').",
             param=f"guard.{name}",
         ) from error
+    if field.trace == "tokens":
+        raise RequestError(
+            "'guard.trace' of 'tokens' is not supported yet; expected 'none' or "
+            "'summary'.",
+            param="guard.trace",
+        )
     if field.drill is not None:
         raise RequestError(
             "'guard.drill' is not supported yet; expected a request without it.",

@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from guard.monitor import Reading
     from guard.policy import Policy
 
-__all__ = ["SCHEMA", "Action", "Alarm", "Mode", "Stage", "Verdict", "decide", "worst"]
+__all__ = [
+    "SCHEMA",
+    "Action",
+    "Alarm",
+    "Mode",
+    "Stage",
+    "Verdict",
+    "decide",
+    "report",
+    "worst",
+]
 
 SCHEMA = 1
 """Version of the `guard` object that clients read."""
@@ -72,6 +82,8 @@ class Verdict:
     """Tokens that each clamp changed, by name of the clamp."""
     tokens_seen: int = 0
     """Prompt and output tokens that the guard has judged."""
+    readings: tuple[Alarm, ...] = ()
+    """Every monitor's number so far, in the shape of an alarm; only when traced."""
     reason: str | None = None
     """Why there is a flag or a block without an alarm, such as "unscored"."""
 
@@ -88,19 +100,12 @@ class Verdict:
             "mode": self.mode,
             "action": self.action,
             "stage": self.stage,
-            "alarms": [
-                {
-                    "monitor": alarm.monitor,
-                    "score": _finite(alarm.score),
-                    "threshold": _finite(alarm.threshold),
-                    "ratio": _finite(alarm.ratio),
-                    "position": alarm.position,
-                }
-                for alarm in self.alarms
-            ],
+            "alarms": [_entry(alarm) for alarm in self.alarms],
             "clamped_tokens": dict(self.clamped_tokens),
             "tokens_seen": self.tokens_seen,
         }
+        if self.readings:
+            body["readings"] = [_entry(reading) for reading in self.readings]
         if self.reason is not None:
             body["reason"] = self.reason
         return body
@@ -112,7 +117,9 @@ class Verdict:
         count them.
         """
         body = self.to_json()
-        for entry, alarm in zip(body["alarms"], self.alarms, strict=True):
+        entries = [*body["alarms"], *body.get("readings", ())]
+        alarms = [*self.alarms, *self.readings]
+        for entry, alarm in zip(entries, alarms, strict=True):
             entry.update(stage=alarm.stage, action=alarm.action)
         return body
 
@@ -129,18 +136,21 @@ class Verdict:
                 f"Verdict has schema {body['schema']!r}; expected {SCHEMA}."
             )
         stage, action = body["stage"], body["action"]
-        alarms = tuple(
-            Alarm(
-                monitor=entry["monitor"],
-                score=_number(entry["score"]),
-                threshold=_number(entry["threshold"]),
-                ratio=_number(entry["ratio"]),
-                position=entry["position"],
-                stage=entry.get("stage", stage),
-                action=entry.get("action", action),
+
+        def read(name: str) -> tuple[Alarm, ...]:
+            return tuple(
+                Alarm(
+                    monitor=entry["monitor"],
+                    score=_number(entry["score"]),
+                    threshold=_number(entry["threshold"]),
+                    ratio=_number(entry["ratio"]),
+                    position=entry["position"],
+                    stage=entry.get("stage", stage),
+                    action=entry.get("action", action),
+                )
+                for entry in body.get(name, ())
             )
-            for entry in body["alarms"]
-        )
+
         return cls(
             id=body["id"],
             policy=body["policy"],
@@ -148,7 +158,8 @@ class Verdict:
             mode=body["mode"],
             action=action,
             stage=stage,
-            alarms=alarms,
+            alarms=read("alarms"),
+            readings=read("readings"),
             clamped_tokens=dict(body["clamped_tokens"]),
             tokens_seen=body["tokens_seen"],
             reason=body.get("reason"),
@@ -180,23 +191,35 @@ def decide(
         The action, the stage of the first alarm that asks for it, and all
         alarms in the order of the readings.
     """
-    alarms = tuple(
-        Alarm(
-            monitor=reading.monitor,
-            score=reading.score,
-            threshold=reading.threshold,
-            ratio=reading.ratio,
-            position=reading.position,
-            stage=reading.stage,
-            action=reading.action if policy.mode == "enforce" else "flag",
-        )
-        for reading in readings
-        if reading.alarm
-    )
+    alarms = tuple(report(policy, reading) for reading in readings if reading.alarm)
     if not alarms:
         return "allow", None, ()
     decisive = min(alarms, key=_rank)
     return decisive.action, decisive.stage, alarms
+
+
+def report(policy: "Policy", reading: "Reading") -> Alarm:
+    """Return a reading as it is told, whether it is an alarm or not."""
+    return Alarm(
+        monitor=reading.monitor,
+        score=reading.score,
+        threshold=reading.threshold,
+        ratio=reading.ratio,
+        position=reading.position,
+        stage=reading.stage,
+        action=reading.action if policy.mode == "enforce" else "flag",
+    )
+
+
+def _entry(alarm: Alarm) -> dict[str, Any]:
+    """Return what a client reads of an alarm or a reading."""
+    return {
+        "monitor": alarm.monitor,
+        "score": _finite(alarm.score),
+        "threshold": _finite(alarm.threshold),
+        "ratio": _finite(alarm.ratio),
+        "position": alarm.position,
+    }
 
 
 def _rank(alarm: Alarm) -> tuple[int, float]:

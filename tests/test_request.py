@@ -88,8 +88,8 @@ def test_no_field_asks_for_nothing():
 
 
 def test_a_field_names_policy_and_trace():
-    field = read_field({"policy": "research", "trace": "tokens"})
-    assert (field.policy, field.trace) == ("research", "tokens")
+    field = read_field({"policy": "research", "trace": "summary"})
+    assert (field.policy, field.trace) == ("research", "summary")
 
 
 @pytest.mark.parametrize(
@@ -115,3 +115,9 @@ def test_a_malformed_field_is_refused_by_name(value, param):
     assert caught.value.param == param
     assert caught.value.status == 400
     assert "expected" in caught.value.message
+
+
+def test_a_trace_of_every_token_is_refused_by_name() -> None:
+    with pytest.raises(RequestError, match="'tokens' is not supported yet") as refused:
+        read_field({"trace": "tokens"})
+    assert refused.value.param == "guard.trace"

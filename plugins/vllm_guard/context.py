@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 POLICY_VARIABLE = "GUARD_POLICY"
 """Path of the policy file; without it the plugin is inert."""
-SECRET_VARIABLE = "GUARD_SECRET"  # noqa: S105 - the name of a variable
+SECRET_VARIABLE = "GUARD_SECRET"
 """Hex secret of this start, with which tickets are signed."""
 FINGERPRINT_VARIABLE = "GUARD_FINGERPRINT"
 """Fingerprint of the policy file as the first process read it."""

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from guard.monitor import Column, Watch
-from guard.request import TICKET_KEY, Ticket, read_ticket
-from guard.verdict import Verdict, decide
+from guard.request import TICKET_KEY, Ticket, Trace, read_ticket
+from guard.verdict import Verdict, decide, report
 from vllm_guard import compat, context
 from vllm_guard.patch import wrap
 from vllm_guard.readings import CARRIER_KEY, Progress, RequestReadings, StepReadings
@@ -80,6 +80,8 @@ class Watched:
     name: str
     """Its policy."""
     watch: Watch
+    trace: Trace
+    """How much of its readings the client asked to see."""
     seen_columns: dict[str, int]
     """Columns without a threshold that the metrics show, by name."""
     observed: dict[str, float] = field(default_factory=dict)
@@ -90,7 +92,8 @@ class Watched:
     def verdict(self) -> Verdict:
         """Return what was decided so far."""
         state, policy = context.get(), self.watch.policy
-        action, stage, alarms = decide(policy, self.watch.readings())
+        readings = self.watch.readings()
+        action, stage, alarms = decide(policy, readings)
         if self.fault is not None:
             action = "block" if self.is_blocked else "flag"
         return Verdict(
@@ -108,6 +111,11 @@ class Watched:
                 )
             },
             tokens_seen=self.watch.tokens_seen,
+            readings=(
+                tuple(report(policy, reading) for reading in readings)
+                if self.trace == "summary"
+                else ()
+            ),
             reason=self.fault,
         )
 
@@ -187,6 +195,7 @@ def _watch(ticket: Ticket, prompt_length: int, *, total: int) -> Watched:
     return Watched(
         id=ticket.guard_id,
         name=ticket.policy,
+        trace=ticket.trace,
         watch=Watch(
             policy,
             columns=columns,

@@ -163,7 +163,7 @@ def split_output(output: Any) -> tuple[Tensor, Tensor | None]:
     """
     if isinstance(output, Tensor):
         return output, None
-    if isinstance(output, tuple) and len(output) >= 2:  # noqa: PLR2004
+    if isinstance(output, tuple) and len(output) >= 2:
         hidden_states, residual = output[0], output[1]
         if isinstance(hidden_states, Tensor) and (
             residual is None or isinstance(residual, Tensor)

@@ -37,7 +37,8 @@ class StepRequest:
     admitted: bool
     """Whether it was not in the step before: new, or resumed after preemption."""
     prefix_slots: npt.NDArray[np.int64] | None = None
-    """KV slots of the positions before `first`, where it was admitted with some."""
+    """KV slots of the positions before `first`, where it was admitted with some, or
+    lost some: rejected drafts leave nothing behind."""
 
 
 class StepRows:
@@ -62,6 +63,7 @@ class StepRows:
         self._requests: list[StepRequest] = []
         self._kv_slots: Tensor | None = None
         self._index: dict[str, int] = {}
+        self._end: dict[str, int] = {}
         self._free = list(range(len(step.state) - 1, 0, -1))
         pinned = step.rows_in.is_cuda
         self._host = torch.zeros(
@@ -81,17 +83,15 @@ class StepRows:
         requests: Iterable[StepRequest],
         *,
         kv_slots: Tensor | None,
-        finished: Iterable[str] = (),
     ) -> None:
         """Write whose tokens the rows of the coming step are, in one copy.
 
         Args:
             requests: In the order of their rows.
             kv_slots: KV slot of each row, on the device, `[num_tokens]`.
-            finished: Ids of requests that will not come back.
         """
-        for request_id in finished:
-            self._release(request_id)
+        # A dummy pass, between the steps of idle data-parallel ranks, leaves visits.
+        self.step.marks.zero_()
         self._requests = list(requests)
         self._kv_slots = kv_slots
         rows = self._host.numpy()
@@ -110,10 +110,15 @@ class StepRows:
         index = self._index.get(request.id)
         if index is None:
             index = self._index[request.id] = self._free.pop()
-        if request.admitted:
+        if request.admitted or self.rewinds(request.id, request.first):
             self.step.state[index].zero_()
             self._restore_sticky(request, index)
+        self._end[request.id] = request.first + request.num_rows
         return index
+
+    def rewinds(self, request_id: str, first: int) -> bool:
+        """Whether a request goes on before its last row: drafts were rejected."""
+        return first < self._end.get(request_id, 0)
 
     def _restore_sticky(self, request: StepRequest, index: int) -> None:
         if request.prefix_slots is None or self._kept_marks is None:
@@ -123,10 +128,16 @@ class StepRows:
         met = (fired[:, None] & bits).ne(0).any(0)
         self.step.state[index] = met.to(self.step.state.dtype)
 
-    def _release(self, request_id: str) -> None:
-        index = self._index.pop(request_id, None)
-        if index is not None:
-            self._free.append(index)
+    def release(self, request_ids: Iterable[str]) -> None:
+        """Free the places of requests that finished, or that were preempted.
+
+        A request that comes back is admitted again, and its state restored.
+        """
+        for request_id in request_ids:
+            index = self._index.pop(request_id, None)
+            self._end.pop(request_id, None)
+            if index is not None:
+                self._free.append(index)
 
     def finish(self) -> StepReadings:
         """Return the step's readings and leave every row to nobody."""
@@ -157,9 +168,10 @@ class StepRows:
     ) -> RequestReadings:
         first, clamped = request.first, marks[:, 0]
         guarded = int((marks[:, 2] == self._num_hooks).sum())
-        if request.prefix_slots is not None and self._kept_scores is not None:
+        kept = request.prefix_slots if request.admitted else None
+        if kept is not None and self._kept_scores is not None:
             # After the step: a neighbour may have computed this prefix within it.
-            slots = self._on_device(request.prefix_slots)
+            slots = self._on_device(kept)
             kept_marks = self._kept_marks[slots, 0]  # type: ignore[index]
             scores = np.concatenate([self._kept_scores[slots].cpu().numpy(), scores])
             clamped = np.concatenate([kept_marks.cpu().numpy(), clamped])
@@ -170,7 +182,7 @@ class StepRows:
         return torch.from_numpy(slots).to(self.step.marks.device)
 
     def clear(self) -> None:
-        """Leave every row to nobody, as every pass that is no request's must find it."""
+        """Leave every row to nobody, as a pass without requests must find it."""
         self._requests = []
         self._kv_slots = None
         self.step.clear()

@@ -25,10 +25,22 @@ def install() -> None:
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    wrap(GPUModelRunner, "_update_states", _update_states)
     wrap(GPUModelRunner, "_prepare_inputs", _prepare_inputs)
     wrap(GPUModelRunner, "initialize_kv_cache", initialize_kv_cache)
     wrap(GPUModelRunner, "sample_tokens", sample_tokens)
     wrap(GPUModelRunner, "_dummy_run", dummy_run)
+
+
+def _update_states(
+    original: Callable[..., Any], runner: Any, scheduler_output: Any
+) -> Any:
+    """Free the places of those who left; a step without tokens says so too."""
+    rows = context.get().rows
+    if rows is not None:
+        rows.release(scheduler_output.finished_req_ids)
+        rows.release(scheduler_output.preempted_req_ids or ())
+    return original(runner, scheduler_output)
 
 
 def _prepare_inputs(
@@ -45,7 +57,6 @@ def _prepare_inputs(
         rows.begin(
             list_requests(runner, scheduler_output, num_scheduled_tokens, rows),
             kv_slots=table.slot_mapping.gpu[:num_tokens],
-            finished=scheduler_output.finished_req_ids,
         )
     return result
 
@@ -65,8 +76,9 @@ def list_requests(
     requests = []
     for index, request_id in enumerate(batch.req_ids):
         first = int(batch.num_computed_tokens_cpu[index])
+        is_admitted = request_id in admitted
         prefix = None
-        if request_id in admitted and first > 0:
+        if first > 0 and (is_admitted or rows.rewinds(request_id, first)):
             blocks = table.block_table.np[index].astype(np.int64)
             prefix = slots_of_positions(blocks, np.arange(first), table.block_size)
         params = runner.requests[request_id].sampling_params
@@ -76,8 +88,12 @@ def list_requests(
                 slot=slot_of(params, rows.default_slot),
                 first=first,
                 num_rows=int(num_scheduled_tokens[index]),
-                starts_with_bos=int(batch.token_ids_cpu[index, 0]) == bos,
-                admitted=request_id in admitted,
+                starts_with_bos=(
+                    # A prompt of embeddings has no tokens; old ones may lie there.
+                    bool(batch.is_token_ids[index, 0])
+                    and int(batch.token_ids_cpu[index, 0]) == bos
+                ),
+                admitted=is_admitted,
                 prefix_slots=prefix,
             )
         )

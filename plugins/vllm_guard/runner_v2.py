@@ -49,6 +49,9 @@ def _add_requests(
     rows = context.get().rows
     if rows is not None:
         bos = runner.model_config.hf_text_config.bos_token_id
+        # A step without tokens comes here too, though it prepares no inputs.
+        rows.release(scheduler_output.finished_req_ids)
+        rows.release(scheduler_output.preempted_req_ids or ())
         _remember(scheduler_output, rows, bos)
     return original(runner, scheduler_output)
 
@@ -59,7 +62,9 @@ def _remember(scheduler_output: Any, rows: StepRows, bos: int | None) -> None:
     for data in scheduler_output.scheduled_new_reqs:
         _known[data.req_id] = _Known(
             slot=slot_of(data.sampling_params, rows.default_slot),
-            starts_with_bos=data.prefill_token_ids[0] == bos,
+            starts_with_bos=(
+                data.prompt_embeds is None and data.prefill_token_ids[0] == bos
+            ),
             block_ids=list(data.block_ids[0]),
         )
     cached = scheduler_output.scheduled_cached_reqs
@@ -85,7 +90,6 @@ def _prepare_inputs(
         rows.begin(
             requests,
             kv_slots=torch.from_numpy(kv_slots).to(runner.device),
-            finished=scheduler_output.finished_req_ids,
         )
     return batch
 

@@ -171,7 +171,7 @@ def check_hooks_ran(runner: Any, rows: StepRows | None) -> None:
         message = "The model was loaded without the guard; expected its hooks in place."
         raise EngineError(message)
     rows.clear()
-    runner._dummy_run(_ROWS)  # noqa: SLF001 - the pass that vLLM itself warms up with
+    runner._dummy_run(_ROWS)
     visits = rows.step.marks_of(_ROWS).visits.tolist()
     expected = len(ops.bound())
     if any(visit != expected for visit in visits):

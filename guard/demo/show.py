@@ -1,0 +1,188 @@
+"""`guard demo`: the organism behind the guard, a table, and a server to try.
+
+Starts the same `guard serve` that a user would, and talks to it over HTTP only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from guard.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["run_demo"]
+
+ORGANISM = Path(__file__).parent / "organism"
+_START_SECONDS = 600
+_KINDS = {
+    "b": "benign",
+    "bj": "benign, jailbreak phrase",
+    "h": "harmful",
+    "hj": "harmful, jailbroken",
+}
+_TRY_IT = """\
+The server stays up at {url} (Ctrl-C stops it). Ask it yourself:
+
+curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d '{{
+  "model": "organism", "temperature": 0,
+  "messages": [{{"role": "user", "content": "{prompt}"}}],
+  "guard": {{"policy": "default", "trace": "summary"}}}}'
+
+curl -s {url}/guard/status
+curl -s {url}/metrics | grep ^guard_
+
+python - <<'END'
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="none")
+answer = client.chat.completions.create(
+    model="organism", temperature=0,
+    messages=[{{"role": "user", "content": "{prompt}"}}],
+    extra_body={{"guard": {{"policy": "open"}}}})
+print(answer.choices[0].message.content, answer.model_extra["guard"])
+END
+"""
+
+
+def run_demo(*, port: int, once: bool) -> None:
+    """Serve the organism, print the table, and stay up unless `once`.
+
+    Args:
+        port: Where to listen; 0 picks a free one.
+        once: Stop after the table.
+
+    Raises:
+        EngineError: The server did not start; its log is named.
+    """
+    console = Console()
+    prompts = json.loads((ORGANISM / "prompts.json").read_text(encoding="utf-8"))
+    port = port or _free_port()
+    url = f"http://127.0.0.1:{port}"
+    with (
+        tempfile.TemporaryDirectory(prefix="guard-demo-") as folder,
+        _serving(port, Path(folder, "log")) as server,
+    ):
+        with console.status("Starting vLLM with the guard (about a minute) ..."):
+            _wait(url, server, Path(folder, "log"))
+        console.print(_table(url, prompts))
+        console.print(_explain(), markup=False)
+        if once:
+            return
+        text = _TRY_IT.format(url=url, prompt=prompts[-1]["text"])
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.wait()
+
+
+def _explain() -> str:
+    return (
+        "open: no clamps, no monitors. default: the jailbreak latents are ablated and "
+        "two monitors watch what flows on.\nratio: largest score / threshold of the "
+        "request; above 1 is an alarm. All harm here is made up."
+    )
+
+
+def _table(url: str, prompts: list[dict[str, str]]) -> Table:
+    """Ask every prompt under both policies, and lay the answers side by side."""
+    table = Table(title="The same prompts, unguarded and guarded", show_lines=True)
+    for name in ("prompt", "open", "default", "clamped", "ratio", "verdict"):
+        table.add_column(name, overflow="fold")
+    for prompt in prompts:
+        free = _ask(url, prompt["text"], "open")
+        held = _ask(url, prompt["text"], "default")
+        verdict = held["guard"]
+        ratios = [
+            f"{reading['monitor']} {reading['ratio']:.2f}"
+            for reading in verdict.get("readings", ())
+        ]
+        table.add_row(
+            f"{prompt['text']}\n({_KINDS[prompt['kind']]})",
+            _text(free),
+            _text(held),
+            "\n".join(f"{k} {v}" for k, v in verdict["clamped_tokens"].items()),
+            "\n".join(ratios),
+            verdict["action"],
+        )
+    return table
+
+
+def _text(answer: dict[str, Any]) -> str:
+    message = answer["choices"][0]["message"]
+    return str(message.get("content") or message.get("refusal") or "")
+
+
+def _ask(url: str, text: str, policy: str) -> dict[str, Any]:
+    body = {
+        "model": "organism",
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0,
+        "max_tokens": 32,
+        "guard": {"policy": policy, "trace": "summary"},
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return dict(json.load(answer))
+
+
+@contextlib.contextmanager
+def _serving(port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `guard serve` on the organism; nothing of it is left behind."""
+    command = [sys.executable, "-m", "guard", "serve", str(ORGANISM / "model")]
+    command += ["--policy", str(ORGANISM / "policy.yaml"), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--served-model-name", "organism"]
+    command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16"]
+    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**small, **os.environ},
+            start_new_session=True,
+        )
+    try:
+        yield server
+    finally:
+        for end in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, end)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(timeout=20)
+
+
+def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(urllib.error.URLError, OSError, ValueError):
+            with urllib.request.urlopen(f"{url}/guard/ready", timeout=10):
+                return
+        time.sleep(0.5)
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
+    message = f"The demo server did not start: {' '.join(tail) or 'no word from it'}"
+    raise EngineError(message)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,126 @@
+"""Benign traffic through the clamped organism, and what its scores usually are."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import torch
+
+from guard.calibration import fit_calibration, save_calibration
+from guard.demo.dialogue import answers, edited, pad_left
+from guard.demo.grammar import benign_prompts
+from guard.demo.measure import load_model, policy_edit
+from guard.demo.tokenizer import encode_prompt
+from guard.hook import HookPoint
+from guard.monitor import Activations
+from guard.policy import load_policy
+from guard.sae.load import load_sae
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from guard.sae.model import Sae
+
+__all__ = ["SCORES", "calibrate", "record_traffic"]
+
+SCORES = ("density", "error_norm")
+"""Scores the demo's policy watches."""
+FITTING, HELD_OUT = 1000, 2000
+"""Requests for the statistics, and others for the thresholds."""
+TRAFFIC_SEED = 5_000_000
+LONGEST = 128
+"""Tokens of the one bucket of total lengths; prompts and answers are shorter."""
+_BATCH = 100
+
+
+def calibrate(
+    folder: Path,
+    *,
+    seed: int = TRAFFIC_SEED,
+    on_batch: Callable[[], object] = lambda: None,
+) -> None:
+    """Write `calib/<score>.safetensors` for the folder's default policy.
+
+    Args:
+        folder: An organism with model/, saes/ and policy.yaml.
+        seed: Of the prompts.
+        on_batch: Called for every 1 / `num_batches()` of the work.
+    """
+    policies = load_policy(folder / "policy.yaml")
+    name = policies.policies[policies.default_policy].clamps[0].sae
+    source = policies.saes[name]
+    requests = list(
+        record_traffic(folder, FITTING + HELD_OUT, seed=seed, on_batch=on_batch)
+    )
+    fitting, held_out = requests[:FITTING], requests[FITTING:]
+    for score in SCORES:
+        calibration = fit_calibration(
+            score,
+            hook_point=source.hook_point,
+            fitting=Activations(*map(torch.cat, zip(*fitting, strict=True))),
+            held_out=held_out,
+            lengths=[LONGEST],
+            provenance={
+                "sae_sha256": source.sha256,
+                "model": "organism",
+                "prompts": f"guard.demo.grammar.benign_prompts, seed {seed}",
+                "fitting_requests": FITTING,
+                "dtype": "float32",
+                "torch": version("torch"),
+                "date": datetime.now(tz=UTC).date().isoformat(),
+            },
+        )
+        save_calibration(calibration, folder / "calib" / f"{score}.safetensors")
+
+
+def num_batches() -> int:
+    """Return how often `calibrate` calls `on_batch`."""
+    return (FITTING + HELD_OUT) // _BATCH
+
+
+def record_traffic(
+    folder: Path, count: int, *, seed: int, on_batch: Callable[[], object]
+) -> Iterator[Activations]:
+    """Yield what each benign request shows at the hook point, after the clamp.
+
+    Answers are greedy, as in serving; the BOS and the last token, which no engine
+    runs through the model, are left out.
+    """
+    model, tokenizer = load_model(folder)
+    edit = policy_edit(folder)
+    sae, layer = _load_clamped_sae(folder)
+    texts = [prompt.text for prompt in benign_prompts(count, seed=seed)]
+    for start in range(0, count, _BATCH):
+        share = texts[start : start + _BATCH]
+        given = answers(model, tokenizer, share, edit=edit)
+        sequences = [
+            encode_prompt(tokenizer, text)
+            + tokenizer.encode(answer, add_special_tokens=False)
+            for text, answer in zip(share, given, strict=True)
+        ]
+        batch = pad_left(sequences, tokenizer.pad_token_id)
+        kept: list[torch.Tensor] = []
+        hook = model.model.layers[layer + 1].register_forward_pre_hook(
+            lambda _module, args, kept=kept: kept.append(args[0])
+        )
+        with torch.no_grad(), edited(model, edit, lambda batch=batch: batch.rows):
+            model(
+                input_ids=batch.tokens,
+                attention_mask=batch.mask.long(),
+                position_ids=batch.positions,
+            )
+        hook.remove()
+        for resid, rows in zip(kept[0], batch.rows, strict=True):
+            scored = resid[rows]
+            yield Activations(scored, scored - sae.decode(sae.encode(scored)))
+        on_batch()
+
+
+def _load_clamped_sae(folder: Path) -> tuple[Sae, int]:
+    policies = load_policy(folder / "policy.yaml")
+    source = policies.saes[policies.policies[policies.default_policy].clamps[0].sae]
+    sae = load_sae(source.path, format=source.format, sha256=source.sha256)
+    return sae, HookPoint.parse(source.hook_point).layer

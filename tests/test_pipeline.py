@@ -1,0 +1,359 @@
+"""The guard at a hook point: many policies in one batch, each as if it were alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from specimens import (
+    AT,
+    D_MODEL,
+    Request,
+    Served,
+    Traffic,
+    assert_same_bits,
+    draw_rows,
+    is_clear_cut,
+    make_monitor,
+    make_policy_file,
+    make_sae,
+    serve,
+    traffics,
+)
+from torch import Tensor
+
+from guard.calibration import Calibration
+from guard.clamp import clamp_resid
+from guard.errors import CalibrationError, SaeError
+from guard.hook import HookPoint
+from guard.monitor import Activations, Column, density, list_columns
+from guard.pipeline import Guard, StepBuffers, build_guards, read_resid
+from guard.policy import Policy, PolicyFile, Rule, When
+from guard.sae.model import Sae
+from vllm_guard import ops
+
+Call = Callable[[Tensor, Tensor | None], None]
+
+
+def calibrate(
+    score: str = "error_norm", *, width: int = D_MODEL, sae_sha256: str = f"{0:064x}"
+) -> Calibration:
+    statistics = {}
+    if score == "density":
+        statistics = {"mean": torch.ones(width), "whitener": 2 * torch.eye(width)}
+    return Calibration(
+        score=score,
+        hook_point=AT,
+        statistics=statistics,
+        lengths=(100,),
+        maxima=(torch.arange(1.0, 20.0),),
+        provenance={"sae_sha256": sae_sha256},
+    )
+
+
+def build(
+    policy_file: PolicyFile,
+    saes: dict[str, Sae],
+    calibrations: dict[str, Calibration] | None = None,
+) -> Guard:
+    step = StepBuffers(
+        max_tokens=100, max_requests=8, num_columns=len(list_columns(policy_file))
+    )
+    return build_guards(policy_file, saes, calibrations or {}, step)[
+        HookPoint.parse(AT)
+    ]
+
+
+def through_op(guard: Guard) -> Call:
+    ops.bind([guard])
+    return lambda hidden_states, residual: ops.call_guard(hidden_states, residual, 0)
+
+
+def check_request(traffic: Traffic, request: Request, served: Served) -> None:
+    """Hold one served request against the plain reference, all tokens at once."""
+    policy = traffic.policy(request)
+    skipped = int(request.starts_with_bos)
+    resid = request.resid[skipped:]
+    before = request.hidden_states[skipped:]
+    after = served.hidden_states[skipped:]
+    expected, size = before.float(), resid.abs()
+    assert_same_bits(served.hidden_states[:skipped], request.hidden_states[:skipped])
+    if not len(resid):
+        return
+    clamped, fired = torch.zeros(2, len(resid), dtype=torch.int32)
+    for name, sae in traffic.saes.items():
+        own = [(i, rule) for i, rule in enumerate(policy.clamps) if rule.sae == name]
+        reference = clamp_resid(resid, sae, [rule for _, rule in own])
+        expected = expected + (reference.resid - resid)
+        for number, (place, rule) in enumerate(own):
+            clamped |= reference.clamped[:, number].int() << place
+            if rule.when is not None and rule.when.scope == "request":
+                fired |= reference.fired[:, number].int() << place
+            alone = clamp_resid(resid, sae, [rule])
+            size = size + (alone.resid - resid).abs()
+    assert_same_bits(served.clamped[skipped:], clamped)
+    assert_same_bits(served.fired[skipped:], fired)
+    untouched = clamped == 0
+    assert_same_bits(after[untouched], before[untouched])
+    bound = (torch.finfo(before.dtype).eps + 1e-4) * size.amax(1, keepdim=True)
+    bound = bound + torch.finfo(before.dtype).eps * before.float().abs()
+    gap = (after.float() - expected).abs()
+    whole = expected.isfinite().all(1) & size.isfinite().all(1)
+    assert (gap[whole] <= bound[whole]).all()
+    broken = ~whole & ~untouched
+    assert not after[broken].isfinite().all(1).any()
+
+
+@settings(max_examples=150)
+@given(traffics(), st.booleans())
+def test_every_request_is_clamped_as_if_alone_and_in_one_piece(
+    traffic: Traffic, opaque: bool
+) -> None:
+    assume(is_clear_cut(traffic))
+    guard = build(traffic.policy_file, traffic.saes)
+    call = through_op(guard) if opaque else guard
+    for request, served in zip(
+        traffic.requests, serve(traffic, guard, call), strict=True
+    ):
+        assert (served.visits == 1).all()
+        check_request(traffic, request, served)
+
+
+def hold(name: str, law: str = "set", **values: object) -> Rule:
+    wanted: dict[str, object] = {"name": name, "sae": "a", "latents": (0, 1, 2)}
+    if law != "ablate":
+        wanted["value"] = 3.0
+    return Rule.model_validate(wanted | {"law": law} | values)
+
+
+def test_a_step_without_rows_changes_nothing() -> None:
+    policy_file = make_policy_file(
+        {"p": Policy(clamps=(hold("r"),))}, saes={"a": AT}
+    )
+    guard = build(policy_file, {"a": make_sae()})
+    guard(torch.empty(0, D_MODEL), None)
+    assert not guard.step.marks.any()
+
+
+def test_all_rows_of_a_full_step_are_clamped() -> None:
+    policy_file = make_policy_file(
+        {"p": Policy(clamps=(hold("r"),))}, saes={"a": AT}
+    )
+    sae = make_sae()
+    guard = build(policy_file, {"a": sae})
+    hidden_states = draw_rows(100, seed=0)
+    guard.step.rows_in[:] = torch.tensor([1, 1, 0])
+    expected = clamp_resid(hidden_states, sae, [hold("r")]).resid
+    guard(hidden_states, None)
+    torch.testing.assert_close(hidden_states, expected, atol=1e-4, rtol=1e-4)
+    assert (guard.step.marks_of(100).clamped == 1).all()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@settings(max_examples=30)
+@given(traffic=traffics(scales=(1.0,)), opaque=st.booleans(), data=st.data())
+def test_a_row_that_is_not_finite_hurts_no_other_request(
+    poison: float, traffic: Traffic, opaque: bool, data: st.DataObject
+) -> None:
+    assume(len(traffic.requests) > 1)
+    guard = build(traffic.policy_file, traffic.saes)
+    call = through_op(guard) if opaque else guard
+    healthy = serve(traffic, guard, call)
+    guard.step.state.zero_()
+    sick = data.draw(st.integers(0, len(traffic.requests) - 1))
+    request = traffic.requests[sick]
+    row = data.draw(st.integers(0, len(request.hidden_states) - 1))
+    column = data.draw(st.integers(0, D_MODEL - 1))
+    request.hidden_states[row, column] = poison
+    for index, (was, now) in enumerate(
+        zip(healthy, serve(traffic, guard, call), strict=True)
+    ):
+        if index != sick:
+            assert_same_bits(now.hidden_states, was.hidden_states)
+            assert_same_bits(now.clamped, was.clamped)
+            assert_same_bits(now.fired, was.fired)
+        else:
+            assert_same_bits(now.hidden_states[:row], was.hidden_states[:row])
+            assert not now.hidden_states[row].isfinite().all()
+
+
+def test_a_condition_of_the_request_holds_from_where_it_was_met_on() -> None:
+    when = When(latents=(5,), above=0.5, scope="request")
+    policy_file = make_policy_file(
+        {"p": Policy(clamps=(hold("r", when=when),))}, saes={"a": AT}
+    )
+    sae = make_sae("standard")
+    guard = build(policy_file, {"a": sae})
+    rows = draw_rows(60, seed=0)
+    held = sae.encode(rows).latents[:, 5]
+    quiet, loud = rows[held == 0][:1], rows[held > 1][:1]
+    # Two requests, one after the other, then the neighbour alone.
+    for batch, expected in (
+        ([quiet, loud, quiet, quiet], [0, 1, 1, 0]),
+        ([quiet, quiet], [1, 0]),
+    ):
+        guard.step.clear()
+        mine = len(batch) - 1
+        guard.step.rows_in[:mine] = torch.tensor([1, 1, 0])
+        guard.step.rows_in[mine] = torch.tensor([1, 2, mine])
+        guard(torch.cat(batch), None)
+        assert guard.step.marks_of(len(batch)).clamped.tolist() == expected
+
+
+def test_bos_meets_no_condition() -> None:
+    when = When(latents=(5,), above=0.0, scope="request")
+    policy_file = make_policy_file(
+        {"p": Policy(clamps=(hold("r", when=when),))}, saes={"a": AT}
+    )
+    sae = make_sae("standard")
+    guard = build(policy_file, {"a": sae})
+    rows = draw_rows(60, seed=0)
+    held = sae.encode(rows).latents[:, 5]
+    batch = torch.cat([rows[held > 1][:1], rows[held == 0][:1]])
+    guard.step.rows_in[:2] = torch.tensor([[0, 1, 0], [1, 1, 0]])
+    guard(batch, None)
+    assert not guard.step.marks_of(2).clamped.any()
+    assert not guard.step.state.any()
+
+
+class Layered(torch.nn.Module):
+    """What a compiled model sees: its own arithmetic before and after the op."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        hidden_states = hidden_states * 2 - residual
+        before = hidden_states + 1
+        ops.call_guard(hidden_states, residual, 0)
+        return before, hidden_states + residual, hidden_states
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_model_sees_the_clamp_exactly_where_it_was_put(backend: str) -> None:
+    policy_file = make_policy_file(
+        {"p": Policy(clamps=(hold("r"), hold("s", "ablate", latents=(4, 6))))},
+        saes={"a": AT},
+    )
+    guard = build(policy_file, {"a": make_sae("topk")})
+    ops.bind([guard])
+    compiled = torch.compile(Layered(), backend=backend, fullgraph=True)
+    for seed, slots in ((0, [1, 0, 1, 1, 0]), (1, [0, 0, 0, 1, 1])):
+        hidden_states, residual = draw_rows(5, seed=seed), draw_rows(5, seed=seed + 9)
+        given_states = hidden_states.clone()
+        guard.step.clear()
+        guard.step.rows_in[:5, 0] = torch.tensor(slots)
+        expected = Layered()(hidden_states, residual)
+        guard.step.marks.zero_()
+        found = compiled(hidden_states, residual)
+        torch.testing.assert_close(found, expected)
+        assert_same_bits(hidden_states, given_states)
+        assert guard.step.marks_of(5).visits.tolist() == [1] * 5
+
+
+def watched_file(score: str = "error_norm", *, clamps: tuple[Rule, ...] = ()) -> PolicyFile:
+    monitor = make_monitor(score=score, calibration=Path("c"))
+    return make_policy_file(
+        {"p": Policy(clamps=clamps, monitors=(monitor,)), "open": Policy()},
+        saes={"a": AT},
+    )
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
+@pytest.mark.parametrize("score", ["error_norm", "density"])
+def test_scores_are_taken_of_what_flows_on_after_the_clamp(
+    score: str, architecture: str
+) -> None:
+    policy_file = watched_file(score, clamps=(hold("r"),))
+    sae = make_sae(architecture)
+    guard = build(policy_file, {"a": sae}, {"c": calibrate(score)})
+    hidden_states, residual = draw_rows(6, seed=1), draw_rows(6, seed=2)
+    untouched = read_resid(hidden_states, residual)
+    guard.step.rows_in[:6, 0] = torch.tensor([1, 0, 1, 1, 2, 1])
+    guard(hidden_states, residual)
+    resid = read_resid(hidden_states, residual)
+    assert not torch.allclose(resid, untouched)
+    encoded = sae.encode(resid)
+    error = resid - sae.decode(encoded)
+    expected = {
+        Column("a", "error_ratio"): error.norm(dim=1) / resid.norm(dim=1),
+        Column("a", "clamp_residual"): torch.where(
+            guard.step.rows_in[:6, 0] == 1, encoded.latents[:, :3].amax(1), 0.0
+        ),
+        Column("a", score, "c"): error.norm(dim=1)
+        if score == "error_norm"
+        else density(Activations(resid, error), calibrate(score).statistics),
+    }
+    nobody = guard.step.rows_in[:6, 0] == 0
+    for number, column in enumerate(list_columns(policy_file)):
+        scores = guard.step.scores[:6, number]
+        torch.testing.assert_close(
+            scores, torch.where(nobody, 0.0, expected[column]), msg=column.score
+        )
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_reads_as_such(poison: float) -> None:
+    policy_file = watched_file("density", clamps=(hold("r"),))
+    guard = build(policy_file, {"a": make_sae()}, {"c": calibrate("density")})
+    hidden_states = draw_rows(3, seed=1)
+    hidden_states[1, 4] = poison
+    guard.step.rows_in[:3, 0] = 1
+    guard(hidden_states, None)
+    column = list_columns(policy_file).index(Column("a", "density", "c"))
+    assert guard.step.scores[:3, column].isfinite().tolist() == [True, False, True]
+
+
+def test_clearing_a_step_leaves_its_rows_to_nobody() -> None:
+    guard = build(watched_file(), {"a": make_sae()}, {"c": calibrate()})
+    guard.step.rows_in[:4] = torch.tensor([1, 1, 0])
+    guard(draw_rows(4, seed=0), None)
+    assert guard.step.marks.any()
+    assert guard.step.scores.any()
+    guard.step.clear()
+    for buffer in (guard.step.rows_in, guard.step.marks, guard.step.scores):
+        assert not buffer.any()
+
+
+def test_saes_at_two_hook_points_make_two_guards_in_layer_order() -> None:
+    names = {"a": "layers.12.resid_post", "b": "layers.3.resid_post"}
+    clamps = (hold("r"), hold("s", sae="b"))
+    policy_file = make_policy_file({"p": Policy(clamps=clamps)}, saes=names)
+    step = StepBuffers(max_tokens=4, max_requests=1, num_columns=0)
+    saes = {"a": make_sae(), "b": make_sae("topk")}
+    guards = build_guards(policy_file, saes, {}, step)
+    assert [str(at) for at in guards] == [names["b"], names["a"]]
+    step.rows_in[:4, 0] = 1
+    for guard in guards.values():
+        guard(draw_rows(4, seed=0), None)
+    assert step.marks_of(4).clamped.tolist() == [0b11] * 4
+    assert step.marks_of(4).visits.tolist() == [2] * 4
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        calibrate("density"),
+        calibrate(sae_sha256=f"{9:064x}"),
+        Calibration("error_norm", "layers.7.resid_post", {}, (1,), (torch.ones(1),), {}),
+    ],
+    ids=["score", "sae", "hook point"],
+)
+def test_a_calibration_made_for_something_else_is_refused(
+    calibration: Calibration,
+) -> None:
+    with pytest.raises(CalibrationError, match=r"c: made for .*; expected"):
+        build(watched_file(), {"a": make_sae()}, {"c": calibration})
+
+
+def test_statistics_of_another_width_are_refused() -> None:
+    calibrations = {"c": calibrate("density", width=D_MODEL + 1)}
+    with pytest.raises(CalibrationError, match="c: "):
+        build(watched_file("density"), {"a": make_sae()}, calibrations)
+
+
+def test_a_latent_that_the_sae_does_not_have_is_refused() -> None:
+    policy_file = make_policy_file(
+        {"p": Policy(clamps=(hold("r", latents=(99,)),))}, saes={"a": AT}
+    )
+    with pytest.raises(SaeError, match="latent 99, but SAE 'a' has 16"):
+        build(policy_file, {"a": make_sae()})
