@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ class Calibration:
             bisect.bisect_left(self.lengths, total_length), len(self.lengths) - 1
         )
         maxima = self.maxima[bucket]
-        rank = math.ceil((len(maxima) + 1) * (1 - target_fpr))
+        target = Fraction(str(target_fpr))  # as written: 1 - 0.45 is above 0.55
+        rank = math.ceil((len(maxima) + 1) * (1 - target))
         if rank > len(maxima):
-            needed = math.ceil(1 / target_fpr) - 1
+            needed = math.ceil(1 / target) - 1
             message = (
                 f"The calibration of score {self.score!r} holds {len(maxima)} requests "
                 f"of up to {self.lengths[bucket]} tokens; a target_fpr of "
@@ -94,7 +96,8 @@ def fit_calibration(
         provenance: Kept in the file as it is; must be JSON.
 
     Raises:
-        CalibrationError: The score is unknown, or a bucket has no request.
+        CalibrationError: The score is unknown, a bucket has no request, or one
+            scores what is not a number.
     """
     if score not in SCORES:
         message = f"Unknown score {score!r}; expected one of {', '.join(SCORES)}."
@@ -109,7 +112,11 @@ def fit_calibration(
                 f"largest bucket; expected at most {lengths[-1]}."
             )
             raise CalibrationError(message)
-        buckets[bucket].append(float(SCORES[score].apply(request, statistics).max()))
+        maximum = float(SCORES[score].apply(request, statistics).max())
+        if not math.isfinite(maximum):
+            message = f"A held-out request scores {maximum}; expected a finite number."
+            raise CalibrationError(message)
+        buckets[bucket].append(maximum)
     for length, bucket_maxima in zip(lengths, buckets, strict=True):
         if not bucket_maxima:
             message = (
@@ -165,6 +172,9 @@ def load_calibration(path: Path) -> Calibration:
             for name, tensor in tensors.items()
             if name.startswith(_MAXIMA)
         )
+        if not buckets or not all(_is_usable(maxima) for _, maxima in buckets):
+            message = f"{path}: its maxima are not ascending numbers; calibrate again."
+            raise CalibrationError(message)
         return Calibration(
             score=about["score"],
             hook_point=about["hook_point"],
@@ -175,7 +185,7 @@ def load_calibration(path: Path) -> Calibration:
             },
             lengths=tuple(length for length, _ in buckets),
             maxima=tuple(maxima for _, maxima in buckets),
-            provenance=about["provenance"],
+            provenance=dict(about["provenance"]),
         )
     except FileNotFoundError as error:
         message = f"{path}: no such calibration; `guard calibrate` writes one."
@@ -183,3 +193,14 @@ def load_calibration(path: Path) -> Calibration:
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         message = f"{path}: not a calibration that `guard calibrate` wrote ({error})."
         raise CalibrationError(message) from error
+
+
+def _is_usable(maxima: Tensor) -> bool:
+    """Whether a threshold can be read off; no score is above one that is NaN."""
+    return (
+        maxima.dim() == 1
+        and maxima.is_floating_point()
+        and len(maxima) > 0
+        and bool(maxima.isfinite().all())
+        and bool((maxima.diff() >= 0).all())
+    )

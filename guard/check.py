@@ -13,8 +13,11 @@ from guard.sae.model import Sae
 __all__ = ["check_policy", "check_targets", "load_calibrations", "load_saes"]
 
 
-def check_policy(policy_file: PolicyFile) -> None:
+def check_policy(policy_file: PolicyFile) -> dict[str, Sae]:
     """Load and compile all that a policy file names.
+
+    Returns:
+        Its SAEs, by name.
 
     Raises:
         GuardError: The first thing that is missing or does not fit.
@@ -23,7 +26,9 @@ def check_policy(policy_file: PolicyFile) -> None:
     calibrations = load_calibrations(policy_file)
     check_targets(policy_file, calibrations)
     step = StepBuffers(max_tokens=1, max_requests=1, num_columns=len(columns))
-    build_guards(policy_file, load_saes(policy_file), calibrations, step)
+    saes = load_saes(policy_file)
+    build_guards(policy_file, saes, calibrations, step)
+    return saes
 
 
 def load_saes(policy_file: PolicyFile) -> dict[str, Sae]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from guard import __version__
 from guard.errors import EngineError, GuardError
@@ -22,6 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_INTERRUPTED = 130
+"""What a shell expects of a command that Ctrl-C ended."""
 
 PolicyOption = Annotated[Path, typer.Option("--policy", help="The policy file.")]
 
@@ -97,7 +101,20 @@ def status(
 def main() -> None:
     """Run the command line; an error is one line and a non-zero exit."""
     try:
-        app()
+        code = app(prog_name="guard", standalone_mode=False)
     except GuardError as error:
-        sys.stderr.write(f"guard: {error}\n")
-        sys.exit(1)
+        _complain(str(error))
+        code = 1
+    except TyperException as error:
+        # Without arguments the help was shown, and nothing is left to say.
+        if message := error.format_message():
+            command = getattr(getattr(error, "ctx", None), "command_path", "guard")
+            _complain(f"{message.rstrip('.')}; expected what `{command} --help` shows.")
+        code = error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        code = _INTERRUPTED
+    sys.exit(code)
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"guard: {' '.join(message.split())}\n")

@@ -14,8 +14,8 @@ from guard.sae.model import Sae
 
 __all__ = ["TOY_WORDS", "make_toy_model", "make_toy_sae", "save_toy_sae"]
 
-TOY_WORDS = [f"w{i}" for i in range(120)]
-"""Vocabulary of the toy model, besides its special tokens."""
+TOY_WORDS = [*(f"w{i}" for i in range(112)), *'{}[]":,1']
+"""Vocabulary of the toy model, besides its special tokens; it can write some JSON."""
 
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from guard.clamp import clamp_resid
 from guard.demo.dialogue import Edit, answers
@@ -199,6 +200,9 @@ def main() -> int:
     """Print the table; fail when a criterion is missed."""
     parser = argparse.ArgumentParser(description="Measure the demo organism.")
     parser.add_argument("folder", nargs="?", type=Path, default=ORGANISM)
+    # Its progress bar, and a word on the temperature, which is there for vLLM.
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     numbers = measure(parser.parse_args().folder)
     console = Console()
     console.print(table(numbers))

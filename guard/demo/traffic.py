@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from guard.calibration import fit_calibration, save_calibration
-from guard.demo.dialogue import answers, edited, pad_left
-from guard.demo.grammar import benign_prompts
+from guard.demo.dialogue import Batch, Edit, answers, edited, pad_left
+from guard.demo.grammar import Split, benign_prompts
 from guard.demo.measure import load_model, policy_edit
 from guard.demo.tokenizer import encode_prompt
 from guard.hook import HookPoint
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from transformers import LlamaForCausalLM
+
     from guard.sae.model import Sae
 
 __all__ = ["SCORES", "calibrate", "record_traffic"]
@@ -31,6 +33,8 @@ SCORES = ("density", "error_norm")
 FITTING, HELD_OUT = 1000, 2000
 """Requests for the statistics, and others for the thresholds."""
 TRAFFIC_SEED = 5_000_000
+TOPICS: tuple[Split, ...] = ("train", "calibration")
+"""As broad as what an operator knows; the held-out topics are for judging."""
 LONGEST = 128
 """Tokens of the one bucket of total lengths; prompts and answers are shorter."""
 _BATCH = 100
@@ -67,6 +71,7 @@ def calibrate(
                 "sae_sha256": source.sha256,
                 "model": "organism",
                 "prompts": f"guard.demo.grammar.benign_prompts, seed {seed}",
+                "topics": list(TOPICS),
                 "fitting_requests": FITTING,
                 "dtype": "float32",
                 "torch": version("torch"),
@@ -92,7 +97,8 @@ def record_traffic(
     model, tokenizer = load_model(folder)
     edit = policy_edit(folder)
     sae, layer = _load_clamped_sae(folder)
-    texts = [prompt.text for prompt in benign_prompts(count, seed=seed)]
+    drawn = benign_prompts(count, seed=seed, splits=TOPICS)
+    texts = [prompt.text for prompt in drawn]
     for start in range(0, count, _BATCH):
         share = texts[start : start + _BATCH]
         given = answers(model, tokenizer, share, edit=edit)
@@ -102,21 +108,32 @@ def record_traffic(
             for text, answer in zip(share, given, strict=True)
         ]
         batch = pad_left(sequences, tokenizer.pad_token_id)
-        kept: list[torch.Tensor] = []
-        hook = model.model.layers[layer + 1].register_forward_pre_hook(
-            lambda _module, args, kept=kept: kept.append(args[0])
-        )
-        with torch.no_grad(), edited(model, edit, lambda batch=batch: batch.rows):
-            model(
-                input_ids=batch.tokens,
-                attention_mask=batch.mask.long(),
-                position_ids=batch.positions,
-            )
-        hook.remove()
-        for resid, rows in zip(kept[0], batch.rows, strict=True):
+        recorded = _record(model, batch, edit, behind=layer)
+        for resid, rows in zip(recorded, batch.rows, strict=True):
             scored = resid[rows]
             yield Activations(scored, scored - sae.decode(sae.encode(scored)))
         on_batch()
+
+
+@torch.no_grad()
+def _record(
+    model: LlamaForCausalLM, batch: Batch, edit: Edit | None, *, behind: int
+) -> torch.Tensor:
+    """Return what the layer behind the hook reads, `[batch, length, d_model]`."""
+    read: list[torch.Tensor] = []
+
+    def keep(_module: object, args: tuple[torch.Tensor, ...]) -> None:
+        read.append(args[0])
+
+    handle = model.model.layers[behind + 1].register_forward_pre_hook(keep)
+    with edited(model, edit, lambda: batch.rows):
+        model(
+            input_ids=batch.tokens,
+            attention_mask=batch.mask.long(),
+            position_ids=batch.positions,
+        )
+    handle.remove()
+    return read[0]
 
 
 def _load_clamped_sae(folder: Path) -> tuple[Sae, int]:

@@ -4,7 +4,7 @@ vLLM logs and swallows an exception while it imports a plugin, but one raised in
 `register()` stops the start. So every import happens there.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["endpoint", "register", "sampling_args"]
 
@@ -19,11 +19,12 @@ def register() -> None:
     """
     from vllm_guard import context
 
-    if context.enter():
-        from vllm_guard import engine, hook, runner_v1, runner_v2, server
+    with context.reporting():
+        if context.enter():
+            from vllm_guard import engine, hook, runner_v1, runner_v2, server
 
-        for part in (hook, runner_v1, runner_v2, engine, server):
-            part.install()
+            for part in (hook, runner_v1, runner_v2, engine, server):
+                part.install()
 
 
 def endpoint() -> Any:
@@ -33,11 +34,21 @@ def endpoint() -> Any:
     return GuardEndpoint()
 
 
-def sampling_args(policy: str) -> dict[str, Any]:
+def sampling_args(
+    policy: str, *, trace: Literal["none", "summary"] = "none"
+) -> dict[str, Any]:
     """Return `SamplingParams(extra_args=...)` that run a request under `policy`.
 
-    For offline use, where whoever builds the request is the operator.
+    For offline use, where whoever builds the request is the operator. The verdict is
+    found on each output as `output.guard`.
+
+    Args:
+        policy: A policy of the file that `GUARD_POLICY` names.
+        trace: `summary` adds every monitor's reading to the verdict.
+
+    Raises:
+        PolicyError: The policy file has no such policy.
     """
     from vllm_guard import context
 
-    return context.sampling_args(policy)
+    return context.sampling_args(policy, trace=trace)

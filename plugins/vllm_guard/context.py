@@ -28,7 +28,13 @@ from guard.policy import (
     fingerprint,
     load_policy,
 )
-from guard.request import TICKET_KEY, TICKET_SECONDS, Ticket, sign_ticket
+from guard.request import (
+    TICKET_KEY,
+    TICKET_SECONDS,
+    Ticket,
+    Trace,
+    sign_ticket,
+)
 from vllm_guard import compat
 
 if TYPE_CHECKING:
@@ -167,7 +173,7 @@ def reset() -> None:
     os.environ.pop(FINGERPRINT_VARIABLE, None)
 
 
-def sampling_args(policy: str) -> dict[str, Any]:
+def sampling_args(policy: str, *, trace: Trace) -> dict[str, Any]:
     """Return `extra_args` with a ticket for `policy`.
 
     Raises:
@@ -178,7 +184,12 @@ def sampling_args(policy: str) -> dict[str, Any]:
         known = ", ".join(context.policy_file.policies)
         message = f"Unknown policy {policy!r}; expected one of {known}."
         raise PolicyError(message)
-    ticket = Ticket(uuid.uuid4().hex, policy, expires=time.time() + TICKET_SECONDS)
+    ticket = Ticket(
+        guard_id=uuid.uuid4().hex,
+        policy=policy,
+        trace=trace,
+        expires=time.time() + TICKET_SECONDS,
+    )
     return {TICKET_KEY: sign_ticket(ticket, context.secret)}
 
 

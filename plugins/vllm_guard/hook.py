@@ -49,7 +49,7 @@ def install() -> None:
         wrap(runner, "load_model", _load_model)
     for worker in (Worker, CPUWorker):
         wrap(worker, "compile_or_warm_up_model", _warm_up)
-        worker.guard_status = _guard_status  # type: ignore[attr-defined]
+        worker.guard_status = _guard_status
 
 
 def _load_model(

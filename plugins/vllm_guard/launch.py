@@ -4,15 +4,20 @@ Runs in the API server process, which checks first what it can check cheaply, so
 a mistake is one line within seconds and not a stack trace after minutes.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from textwrap import shorten
+from typing import TYPE_CHECKING, NoReturn
 
-from guard.check import check_policy, load_saes
+from pydantic import ValidationError
+
+from guard.check import check_policy
 from guard.errors import EngineError, GuardError
 from guard.hook import HookPoint
+from guard.policy import load_policy
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 __all__ = ["serve"]
+
+logger = logging.getLogger(__name__)
 
 MIDDLEWARE = "vllm_guard.server.ServingMiddleware"
 
@@ -35,32 +42,33 @@ def serve(model: str, policy: Path, arguments: Sequence[str]) -> None:
     Raises:
         GuardError: Something does not fit; said before or during the start.
     """
+    policy_file = load_policy(policy)
+    saes = check_policy(policy_file)
+    _check_model(model)
     _set_environment(policy)
+    # Only now: importing vLLM takes longer than all of the above.
     import vllm_guard
-    from vllm_guard import compat, context, hook
+    from vllm_guard import compat, hook
 
     vllm_guard.register()
     args = _parse(model, arguments)
     config = _make_config(args)
     compat.check_engine(config)
-    state = context.get()
-    check_policy(state.policy_file)
-    saes = load_saes(state.policy_file)
     hook.check_widths(saes, config.model_config.get_hidden_size())
     for name in saes:
-        at = HookPoint.parse(state.policy_file.saes[name].hook_point)
+        at = HookPoint.parse(policy_file.saes[name].hook_point)
         hook.check_layer(at, config.model_config.get_total_num_hidden_layers())
-    with tempfile.TemporaryDirectory(prefix="guard-") as folder:
-        fault = Path(folder, "fault")
-        os.environ[context.FAULT_VARIABLE] = str(fault)
-        try:
-            _run(args)
-        except GuardError:
-            raise
-        except BaseException as error:
-            if fault.exists():
-                raise EngineError(fault.read_text(encoding="utf-8")) from error
-            raise
+    del saes, config
+    _run(args)
+
+
+def _check_model(model: str) -> None:
+    """Refuse what is meant as a folder and is none, before anything is imported."""
+    if model.startswith((".", "/", "~")) and not Path(model, "config.json").is_file():
+        message = (
+            f"{model}: has no config.json; expected the folder of a model, or its name."
+        )
+        raise EngineError(message)
 
 
 def _set_environment(policy: Path) -> None:
@@ -81,10 +89,17 @@ def _parse(model: str, arguments: Sequence[str]) -> "Namespace":
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise EngineError(f"{message}; expected the options of `vllm serve`.")
+
     cli_env_setup()
-    parser = make_arg_parser(FlexibleArgumentParser(prog="guard serve"))
+    parser = make_arg_parser(Parser(prog="guard serve"))
     args = parser.parse_args(["--model", model, *arguments, "--middleware", MIDDLEWARE])
-    validate_parsed_serve_args(args)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise EngineError(_explain(error, model)) from error
     return args
 
 
@@ -94,16 +109,40 @@ def _make_config(args: "Namespace") -> "VllmConfig":
 
     try:
         return AsyncEngineArgs.from_cli_args(args).create_engine_config()
-    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        message = f"vLLM cannot serve {args.model!r} this way: {reason[:400]}"
-        raise EngineError(message) from error
+    except GuardError:
+        raise
+    except Exception as error:  # vLLM raises any kind, assertions among them
+        raise EngineError(_explain(error, args.model)) from error
+
+
+def _explain(error: Exception, model: str) -> str:
+    text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+    reason = " ".join(str(text).split()) or type(error).__name__
+    return f"vLLM cannot serve {model!r} this way: {shorten(reason, 400)}"
 
 
 def _run(args: "Namespace") -> None:
+    """Serve until interrupted.
+
+    Raises:
+        GuardError: A process could not start; the line is its own, where it left one.
+    """
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.logger import configure_logging_from_args
 
+    from vllm_guard import context
+
     configure_logging_from_args(args)
-    uvloop.run(run_server(args))
+    with tempfile.TemporaryDirectory(prefix="guard-") as folder:
+        fault = Path(folder, "fault")
+        os.environ[context.FAULT_VARIABLE] = str(fault)
+        try:
+            uvloop.run(run_server(args))
+        except GuardError:
+            raise
+        except Exception as error:  # vLLM only says that a process has died
+            if fault.exists():
+                raise EngineError(fault.read_text(encoding="utf-8")) from error
+            logger.exception("The server ended.")
+            raise EngineError(_explain(error, args.model)) from error

@@ -71,7 +71,7 @@ class Board:
         """Count tokens and faults that the engine had not told before."""
         for phase in ("prefill", "decode"):
             if counted.get(phase):
-                self.metrics.count_tokens(phase, counted[phase])  # type: ignore[arg-type]
+                self.metrics.count_tokens(phase, counted[phase])
         if counted.get("unguarded"):
             self.metrics.count_unscored("no_reading", counted["unguarded"])
             self.metrics.count_error("worker")

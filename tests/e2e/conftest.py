@@ -1,6 +1,7 @@
 """Servers shared by the end-to-end tests of a session."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,11 +16,24 @@ from e2e.serving import (
     stop,
     wait_until_ready,
 )
+from e2e.steps import StepRecord
+from e2e.tripwires import Tripwires
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def tripwires(toy: Toy) -> Tripwires:
+    return Tripwires(toy)
+
+
+@pytest.fixture(scope="session")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> StepRecord:
+    """Every step of `toy_server`."""
+    return StepRecord(tmp_path_factory.mktemp("steps"))
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +57,32 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFac
 
 
 @pytest.fixture(scope="session")
-def toy_server(toy: Toy, start_server: ServerFactory) -> Server:
-    """Serve the toy model under `TOY_POLICIES`, compiled, small KV blocks."""
-    policy = toy.write_policy("shared", TOY_POLICIES)
-    return start_server(toy.model, policy, "--block-size", "32")
+def toy_server(
+    toy: Toy, tripwires: Tripwires, steps: StepRecord, start_server: ServerFactory
+) -> Server:
+    """Serve the toy model under `TOY_POLICIES` and tripwires, compiled, small blocks."""
+    return start_server(
+        toy.model,
+        toy.write_policy("shared", tripwires.add_to(TOY_POLICIES)),
+        *("--block-size", "32", "--enable-prompt-tokens-details"),
+        environment=steps.environment,
+    )
+
+
+@pytest.fixture(scope="session")
+def drafting_server(
+    toy: Toy, tripwires: Tripwires, start_server: ServerFactory
+) -> Server:
+    """Serve the toy with n-gram speculation, and long prompts in chunks."""
+    drafts = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }
+    return start_server(
+        toy.model,
+        toy.write_policy("drafting", tripwires.add_to(TOY_POLICIES)),
+        *("--block-size", "32", "--max-num-batched-tokens", "64"),
+        *("--speculative-config", json.dumps(drafts)),
+    )

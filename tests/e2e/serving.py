@@ -174,6 +174,18 @@ def wait_until_ready(server: Server) -> None:
     pytest.fail(f"The server did not become ready:\n{tail}")
 
 
+def list_processes(server: Server) -> list[str]:
+    """Return the server's processes that are alive, by number and name."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            name, _, rest = (folder / "stat").read_text().rpartition(") ")
+            state, _, _, session = rest.split()[:4]
+            if int(session) == server.process.pid and state not in "ZX":
+                found.append(f"{name})")
+    return found
+
+
 def stop(process: "subprocess.Popen[bytes]") -> None:
     """End a server and everything it started."""
     with contextlib.suppress(ProcessLookupError):
@@ -204,6 +216,7 @@ policies:
       - {name: recovery, sae: s, score: density, calibration: density.safetensors,
          target_fpr: 0.01, on_alarm: flag}
   open: {}
+  staff: {mode: observe}
 default_policy: default
 public_policies: [default, open]
 """

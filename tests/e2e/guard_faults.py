@@ -1,0 +1,49 @@
+"""A vLLM plugin that breaks the guard on purpose, wherever vLLM loads plugins.
+
+`e2e.faults` puts it onto the path of a server. A fault is on while a file of its name
+lies beside this one; what the file says is the fault's own affair.
+"""
+
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+_FOLDER = Path(__file__).parent
+_IS_API_SERVER = multiprocessing.parent_process() is None
+
+
+def is_on(fault: str) -> bool:
+    return (_FOLDER / fault).exists()
+
+
+# vLLM loads this plugin before the guard's: its folder comes first on the path.
+if is_on("unimportable") and not _IS_API_SERVER:
+    sys.modules["vllm_guard"] = None  # type: ignore[assignment]
+
+
+def register() -> None:
+    if is_on("unimportable"):
+        return
+    from guard.pipeline import Guard
+    from vllm_guard import engine, hook, runner_v1
+
+    switch(hook, "_hook_layer", fault="no-hooks")
+    switch(Guard, "forward", fault="op-stops")
+    switch(runner_v1, "attach", fault="readings-lost")
+    switch(engine, "_tell", fault="verdicts-lost")
+    if is_on("file-changes") and not _IS_API_SERVER:
+        about = (_FOLDER / "file-changes").read_text(encoding="utf-8")
+        path, _, more = about.partition("\n")
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(more)
+
+
+def switch(owner: Any, name: str, *, fault: str) -> None:
+    """Let `owner.name` do nothing while the fault is on."""
+    original = getattr(owner, name)
+
+    def switched(*args: Any, **kwargs: Any) -> Any:
+        return None if is_on(fault) else original(*args, **kwargs)
+
+    setattr(owner, name, switched)

@@ -1,0 +1,224 @@
+"""The guarded engine against transformers with a forward hook doing the plain clamp.
+
+Both run the organism on the same 200 prompts: the engine compiled and batched, the
+other one request at a time.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from e2e.offline import Generation, Job, run_offline
+
+from guard.calibration import load_calibration
+from guard.clamp import clamp_resid
+from guard.demo.grammar import KINDS, prompts
+from guard.demo.measure import ORGANISM, load_model
+from guard.demo.tokenizer import encode_prompt
+from guard.hook import HookPoint
+from guard.monitor import SCORES, Activations
+from guard.policy import Policy, load_policy
+from guard.sae.load import load_sae
+from guard.sae.model import Sae
+
+PER_KIND = 50
+MAX_TOKENS = 20
+LOGPROB_TOLERANCE = 1e-3
+READING_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The plain clamp on transformers."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    gaps: list[float]
+    """Logit of the best token over the second best, where each token was chosen."""
+    prompt_logprobs: list[float]
+    scores: dict[str, float]
+    """Largest score of the request, by monitor."""
+
+
+@pytest.fixture(scope="module")
+def policy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The organism's policies, whose alarms are only reported: every answer ends."""
+    text = (ORGANISM / "policy.yaml").read_text()
+    for folder in ("saes", "calib"):
+        text = text.replace(f"{folder}/", f"{ORGANISM}/{folder}/")
+    path = tmp_path_factory.mktemp("policy") / "policy.yaml"
+    path.write_text(text.replace("on_alarm: block", "on_alarm: flag"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompt_ids() -> list[list[int]]:
+    _, tokenizer = load_model(ORGANISM)
+    return [
+        encode_prompt(tokenizer, prompt.text)
+        for kind in KINDS
+        for prompt in prompts(kind, PER_KIND, seed=9_000_000)
+    ]
+
+
+def refer(prompt_ids: list[list[int]], dtype: torch.dtype, name: str) -> list[Reference]:
+    """Answer every prompt greedily under a policy, one at a time."""
+    model, tokenizer = load_model(ORGANISM)
+    model = model.to(dtype)
+    policy_file = load_policy(ORGANISM / "policy.yaml")
+    policy = policy_file.policies[name]
+    (source,) = policy_file.saes.values()
+    sae = load_sae(source.path, format=source.format, sha256=source.sha256)
+    layer = HookPoint.parse(source.hook_point).layer
+    seen: list[torch.Tensor] = []
+
+    def hook(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        rows = output[0, 1:]  # a true BOS at position 0 is neither edited nor scored
+        clamped = clamp_resid(rows, sae, policy.clamps)
+        touched = clamped.clamped.any(1, keepdim=True)
+        output[0, 1:] = torch.where(touched, clamped.resid.to(dtype), rows)
+        seen[:] = [output[0, 1:].float()]
+        return output
+
+    handle = model.model.layers[layer].register_forward_hook(hook)
+    found = [
+        _refer_one(model, ids, tokenizer.eos_token_id, policy, sae, seen)
+        for ids in prompt_ids
+    ]
+    handle.remove()
+    return found
+
+
+@torch.no_grad()
+def _refer_one(
+    model: torch.nn.Module,
+    prompt: list[int],
+    eos: int,
+    policy: Policy,
+    sae: Sae,
+    seen: list[torch.Tensor],
+) -> Reference:
+    sequence, gaps, logprobs = list(prompt), [], []
+    for _ in range(MAX_TOKENS):
+        logits = model(torch.tensor([sequence]), use_cache=False).logits[0].float()
+        best, second = logits[-1].topk(2).values.tolist()
+        chosen = int(logits[-1].argmax())
+        gaps.append(best - second)
+        logprobs.append(float(logits[-1].log_softmax(0)[chosen]))
+        sequence.append(chosen)
+        if chosen == eos:
+            break
+    own = logits.log_softmax(1)[: len(prompt) - 1]
+    following = torch.tensor(prompt[1:])[:, None]
+    resid = seen[0]
+    activations = Activations(resid, resid - sae.decode(sae.encode(resid)))
+    scores = {}
+    for monitor in policy.monitors:
+        assert monitor.calibration is not None
+        statistics = load_calibration(monitor.calibration).statistics
+        scores[monitor.name] = float(
+            SCORES[monitor.score].apply(activations, statistics).max()
+        )
+    return Reference(
+        tokens=sequence[len(prompt) :],
+        logprobs=logprobs,
+        gaps=gaps,
+        prompt_logprobs=own.gather(1, following)[:, 0].tolist(),
+        scores=scores,
+    )
+
+
+def serve(
+    prompt_ids: list[list[int]], dtype: str, policy: str | None, policy_file: Path
+) -> list[Generation]:
+    job = Job(
+        model=str(ORGANISM / "model"),
+        prompts=prompt_ids,
+        dtype=dtype,
+        policy=policy,
+        policy_file=str(policy_file),
+        max_tokens=MAX_TOKENS,
+        out=str(policy_file.with_name(f"{dtype}-{policy}.json")),
+    )
+    return run_offline(job, policy_file.parent)
+
+
+def differences(
+    served: list[Generation], referred: list[Reference]
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Return |d logprob| of every token both chose, prompts included."""
+    found: list[float] = []
+    for ours, theirs in zip(served, referred, strict=True):
+        pairs = list(zip(ours.prompt_logprobs, theirs.prompt_logprobs, strict=True))
+        for step, token in enumerate(ours.tokens[: len(theirs.tokens)]):
+            if token != theirs.tokens[step]:
+                break
+            pairs.append((ours.logprobs[step], theirs.logprobs[step]))
+        found += [abs(a - b) for a, b in pairs]
+    return np.array(found)
+
+
+@pytest.fixture(scope="module")
+def exact(
+    prompt_ids: list[list[int]], policy_file: Path
+) -> tuple[list[Generation], list[Reference]]:
+    served = serve(prompt_ids, "float32", "default", policy_file)
+    return served, refer(prompt_ids, torch.float32, "default")
+
+
+def test_fp32_chooses_the_same_greedy_tokens(
+    exact: tuple[list[Generation], list[Reference]],
+) -> None:
+    served, referred = exact
+    exceptions = [
+        (index, step, theirs.gaps[step])
+        for index, (ours, theirs) in enumerate(zip(served, referred, strict=True))
+        for step, (a, b) in enumerate(zip(ours.tokens, theirs.tokens, strict=False))
+        if a != b
+    ]
+    assert not exceptions, f"(prompt, step, logit gap): {exceptions}"
+    assert [ours.tokens for ours in served] == [theirs.tokens for theirs in referred]
+
+
+def test_fp32_logprobs_agree(exact: tuple[list[Generation], list[Reference]]) -> None:
+    gaps = differences(*exact)
+    assert len(gaps) > 4000
+    assert gaps.max() < LOGPROB_TOLERANCE
+
+
+def test_fp32_readings_agree(exact: tuple[list[Generation], list[Reference]]) -> None:
+    for ours, theirs in zip(*exact, strict=True):
+        assert ours.guard is not None
+        readings = {entry["monitor"]: entry["score"] for entry in ours.guard["readings"]}
+        assert readings == pytest.approx(theirs.scores, rel=READING_TOLERANCE)
+
+
+def test_fp32_clamps_where_the_reference_does(
+    exact: tuple[list[Generation], list[Reference]],
+) -> None:
+    suppressed = [ours for ours in exact[0] if ours.guard]
+    assert len(suppressed) == 4 * PER_KIND
+    assert any(sum(ours.guard["clamped_tokens"].values()) for ours in suppressed)
+
+
+def test_the_guard_adds_nothing_to_the_bf16_gap(
+    prompt_ids: list[list[int]], policy_file: Path
+) -> None:
+    guarded = differences(
+        serve(prompt_ids, "bfloat16", "default", policy_file),
+        refer(prompt_ids, torch.bfloat16, "default"),
+    )
+    unguarded = differences(
+        serve(prompt_ids, "bfloat16", None, policy_file),
+        refer(prompt_ids, torch.bfloat16, "open"),
+    )
+    shown = {
+        name: [float(np.quantile(gaps, q)) for q in (0.5, 0.99, 1.0)]
+        for name, gaps in (("guarded", guarded), ("unguarded", unguarded))
+    }
+    print(shown)  # noqa: T201 - the numbers behind the verdict
+    # Each is a sample of rounding noise: a quantile of one may exceed the other's.
+    assert np.quantile(guarded, 0.99) <= 1.25 * np.quantile(unguarded, 0.99), shown

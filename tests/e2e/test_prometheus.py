@@ -1,0 +1,166 @@
+"""A real Prometheus scrapes the guard and answers for it."""
+
+import json
+import shutil
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.serving import Server, free_port, stop
+
+SECONDS = 60
+
+
+def wait_for(answer: Callable[[], Any]) -> Any:
+    """Return the first true value of `answer`, or fail."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        try:
+            if value := answer():
+                return value
+        except OSError:
+            pass
+        time.sleep(0.2)
+    return pytest.fail(f"Nothing within {SECONDS} s.")
+
+
+@pytest.fixture
+def query(
+    prometheus_binary: str,
+    toy_server: Server,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> Callable[[str], dict[str, float]]:
+    """Run a Prometheus that scrapes the server; return how to ask it."""
+    config = tmp_path / "prometheus.yml"
+    target = toy_server.url.removeprefix("http://")
+    config.write_text(
+        "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
+        "scrape_configs:\n"
+        f"  - {{job_name: guard, static_configs: [{{targets: ['{target}']}}]}}\n"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                prometheus_binary,
+                f"--config.file={config}",
+                f"--storage.tsdb.path={tmp_path / 'data'}",
+                f"--web.listen-address={address}",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    request.addfinalizer(lambda: stop(process))
+
+    def ask(expression: str) -> dict[str, float]:
+        words = urllib.parse.urlencode({"query": expression})
+        url = f"http://{address}/api/v1/query?{words}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            body = json.load(answer)
+        assert body["status"] == "success"
+        return {
+            ",".join(f"{k}={v}" for k, v in sorted(series["metric"].items())): float(
+                series["value"][1]
+            )
+            for series in body["data"]["result"]
+        }
+
+    return ask
+
+
+def tokens_counted(server: Server) -> float:
+    samples = server.metrics()
+    return sum(v for k, v in samples.items() if k.startswith("guard_tokens_total"))
+
+
+def test_a_real_prometheus_answers_for_the_tokens_that_were_guarded(
+    query: Callable[[str], dict[str, float]], toy_server: Server
+) -> None:
+    wait_for(lambda: query("up == 1"))
+    before = tokens_counted(toy_server)
+    answer = toy_server.client.completions.create(
+        model="model", prompt="w1 w2 w3", max_tokens=8, temperature=0
+    )
+    assert answer.usage is not None
+    # The last token was sampled, and never went through the model itself.
+    expected = before + answer.usage.total_tokens - 1
+    assert tokens_counted(toy_server) == expected
+    found = wait_for(lambda: query(f"sum(guard_tokens_total) >= {expected}"))
+    assert found == {"": expected}
+    phases = query("sum by (phase) (guard_tokens_total)")
+    assert phases.keys() == {"phase=prefill", "phase=decode"}
+    assert query("guard_info")
+    assert query("up == 1 unless on (instance) guard_info") == {}
+
+
+def test_every_guard_metric_follows_the_conventions(
+    toy_server: Server,
+) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("no promtool on the PATH")
+    lines = toy_server.get("/metrics").splitlines(keepends=True)
+    own = [line for line in lines if line.removeprefix("# HELP ").startswith("guard_")]
+    own += [line for line in lines if line.startswith("# TYPE guard_")]
+    judged = subprocess.run(
+        [promtool, "check", "metrics"],
+        input="".join(own),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert own
+    assert (judged.returncode, judged.stdout + judged.stderr) == (0, "")
+
+
+def test_children_of_closed_label_sets_exist_before_the_first_event(
+    toy_server: Server,
+) -> None:
+    samples = toy_server.metrics()
+    for expected in (
+        'guard_requests_total{action="block",mode="enforce",policy="default"}',
+        'guard_requests_total{action="flag",mode="observe",policy="staff"}',
+        'guard_alarms_total{action="flag",monitor="recovery",policy="default",stage="output"}',
+        'guard_clamped_tokens_total{clamp="lift",policy="default"}',
+        'guard_score_ratio_count{monitor="recovery",policy="default"}',
+        'guard_score_ratio_bucket{le="1.0",monitor="recovery",policy="default"}',
+        'guard_errors_total{component="worker"}',
+        'guard_unscored_tokens_total{reason="no_reading"}',
+        'guard_tokens_total{phase="decode"}',
+    ):
+        assert expected in samples
+    info = [name for name in samples if name.startswith("guard_policy_info{")]
+    assert {f'policy="{name}"' in " ".join(info) for name in ("default", "open")} == {
+        True
+    }
+
+
+def test_a_request_is_counted_once_under_its_policy(toy_server: Server) -> None:
+    series = 'guard_requests_total{action="allow",mode="enforce",policy="open"}'
+    before = toy_server.metrics()[series]
+    toy_server.client.completions.create(
+        model="model",
+        prompt=["w1", "w2"],
+        max_tokens=2,
+        extra_body={"guard": {"policy": "open"}},
+    )
+    assert toy_server.metrics()[series] == before + 2
+
+
+def test_a_clamp_counts_the_tokens_that_a_client_reads_of(toy_server: Server) -> None:
+    series = 'guard_clamped_tokens_total{clamp="hold",policy="default"}'
+    before = toy_server.metrics()[series]
+    answer = toy_server.client.completions.create(
+        model="model", prompt="w1 w2 w3", max_tokens=8, temperature=0
+    )
+    clamped = answer.guard["clamped_tokens"]["hold"]  # type: ignore[attr-defined]
+    assert clamped > 0
+    assert toy_server.metrics()[series] == before + clamped

@@ -1,0 +1,48 @@
+"""Names of places in the model."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guard.errors import PolicyError
+from guard.hook import HookPoint
+
+
+@given(st.integers(0, 10_000))
+def test_a_hook_point_is_read_as_it_is_written(layer: int) -> None:
+    at = HookPoint.parse(f"layers.{layer}.resid_post")
+    assert at == HookPoint(layer)
+    assert HookPoint.parse(str(at)) == at
+
+
+@given(st.integers(1, 10_000))
+def test_what_enters_a_layer_is_what_left_the_one_before(layer: int) -> None:
+    assert HookPoint.parse(f"layers.{layer}.resid_pre") == HookPoint(layer - 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "layers.01.resid_post",
+        "layers.-1.resid_post",
+        "layers.1.mlp_out",
+        "blocks.1.hook_resid_post",
+        " layers.1.resid_post",
+        "layers.1.resid_post\n",
+        "layers.1.resid_postscript",
+        "layers.٣.resid_post",  # noqa: RUF001 - a digit that int() would read
+    ],
+)
+def test_another_name_is_refused_with_the_one_that_is_expected(text: str) -> None:
+    with pytest.raises(PolicyError, match=r"expected 'layers\.<n>\.resid_post'"):
+        HookPoint.parse(text)
+
+
+def test_nothing_lies_before_the_first_layer() -> None:
+    with pytest.raises(PolicyError, match="before the first layer"):
+        HookPoint.parse("layers.0.resid_pre")
+
+
+def test_hook_points_are_ordered_by_layer_and_not_by_name() -> None:
+    assert HookPoint(2) < HookPoint(10)

@@ -1,0 +1,249 @@
+"""Scores against their formulas, and what a request's scores add up to."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from specimens import AT, draw_rows, make_monitor, make_policy_file
+
+from guard.monitor import (
+    SCORES,
+    Activations,
+    Column,
+    Reading,
+    Watch,
+    density,
+    fit_density,
+    list_columns,
+)
+from guard.policy import Policy, Rule
+
+POISON = [math.nan, math.inf, -math.inf]
+
+
+def fit_plainly(resid: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Ledoit and Wolf (2004), section 3.3, as the paper has it: sums over samples."""
+    count, width = resid.shape
+    mean = resid.mean(0)
+    centred = resid - mean
+    sample = centred.T @ centred / count
+    level = np.trace(sample) / width
+    spread = ((sample - level * np.eye(width)) ** 2).sum() / width
+    error = sum(((np.outer(x, x) - sample) ** 2).sum() / width for x in centred)
+    weight = min(error / count**2, spread) / spread
+    shrunk = weight * level * np.eye(width) + (1 - weight) * sample
+    return mean, shrunk, weight
+
+
+@pytest.mark.parametrize("num_tokens", [5, 40, 4000])
+def test_density_is_the_mahalanobis_distance_under_the_shrunk_covariance(
+    num_tokens: int,
+) -> None:
+    resid = draw_rows(num_tokens, seed=1) @ draw_rows(12, seed=2) + 3.0
+    statistics = fit_density(Activations(resid, resid))
+    mean, covariance, weight = fit_plainly(resid.double().numpy())
+    assert 0 < weight < 1
+    fresh = draw_rows(6, seed=3, scale=5.0)
+    centred = fresh.double().numpy() - mean
+    squared = (centred @ np.linalg.inv(covariance) * centred).sum(1)
+    found = density(Activations(fresh, fresh), statistics)
+    np.testing.assert_allclose(found.numpy(), np.sqrt(squared), rtol=1e-3)
+
+
+def test_density_of_two_points_is_computed_by_hand() -> None:
+    # Covariance diag(4, 0): level 2, and both points are equally far from it, so
+    # nothing is shrunk; what has no variance is held to a floor, not divided by 0.
+    resid = torch.tensor([[3.0, 1.0], [-1.0, 1.0]])
+    statistics = fit_density(Activations(resid, resid))
+    fresh = torch.tensor([[1.0, 1.0], [5.0, 1.0], [1.0, 1.5]])
+    found = density(Activations(fresh, fresh), statistics)
+    assert found[:2].tolist() == pytest.approx([0.0, 2.0], abs=1e-5)
+    assert found[2] > 1e4
+    assert found.isfinite().all()
+
+
+def test_density_of_one_point_repeated_is_finite() -> None:
+    resid = torch.ones(9, 4)
+    statistics = fit_density(Activations(resid, resid))
+    assert density(Activations(2 * resid, resid), statistics).isfinite().all()
+
+
+def test_error_norm_is_the_norm_of_the_error_and_nothing_else() -> None:
+    error = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    score = SCORES["error_norm"]
+    assert score.fit(Activations(error, error)) == {}
+    assert score.apply(Activations(1e9 + error, error), {}).tolist() == [5.0, 0.0]
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("poison", POISON)
+def test_a_score_of_what_is_not_finite_is_not_finite(name: str, poison: float) -> None:
+    benign = Activations(draw_rows(50, seed=0), draw_rows(50, seed=1))
+    statistics = SCORES[name].fit(benign)
+    rows = draw_rows(3, seed=2)
+    rows[1, 5] = poison
+    found = SCORES[name].apply(Activations(rows, rows), statistics)
+    assert found.isfinite().tolist() == [True, False, True]
+
+
+def test_columns_are_listed_once_and_in_the_order_of_the_file() -> None:
+    shared = make_monitor("x", calibration="c1")
+    several = {
+        "p": Policy(monitors=(shared, make_monitor("y", calibration="c2"))),
+        "q": Policy(monitors=(make_monitor("z", sae="b", calibration="c3"), shared)),
+        "open": Policy(),
+    }
+    policy_file = make_policy_file(several, saes={"a": AT, "b": AT})
+    assert list_columns(policy_file) == (
+        Column("a", "error_ratio"),
+        Column("a", "clamp_residual"),
+        Column("a", "error_norm", "c1"),
+        Column("a", "error_norm", "c2"),
+        Column("b", "error_ratio"),
+        Column("b", "clamp_residual"),
+        Column("b", "error_norm", "c3"),
+    )
+
+
+def make_policy(*actions: str, mode: str = "enforce") -> Policy:
+    monitors = tuple(
+        make_monitor(f"m{i}", on_alarm=action) for i, action in enumerate(actions)
+    )
+    clamps = tuple(
+        Rule(name=f"r{i}", sae="a", latents=(i,), law="ablate") for i in range(2)
+    )
+    return Policy.model_validate(
+        {"mode": mode, "clamps": clamps, "monitors": monitors}
+    )
+
+
+def make_watch(policy: Policy, *, prompt_length: int = 4) -> Watch:
+    """Watch a policy whose monitor i reads column i and alarms above i + 1."""
+    numbers = range(len(policy.monitors))
+    return Watch(
+        policy,
+        columns=list(numbers),
+        thresholds=[float(i + 1) for i in numbers],
+        prompt_length=prompt_length,
+    )
+
+
+def observe(watch: Watch, first: int, *columns: list[float], bits: Any = None) -> None:
+    scores = np.array(columns, dtype=np.float32).T
+    clamped = np.zeros(len(scores)) if bits is None else np.array(bits)
+    watch.observe(first, scores, clamped.astype(np.int32))
+
+
+@pytest.mark.parametrize("position", range(8))
+@pytest.mark.parametrize("score", [1.5, *POISON])
+def test_an_alarm_is_seen_wherever_it_is(position: int, score: float) -> None:
+    watch = make_watch(make_policy("block"))
+    scores = [0.5] * 8
+    scores[position] = score
+    observe(watch, 0, scores[:3])
+    observe(watch, 3, scores[3:])
+    (reading,) = watch.readings()
+    assert reading.alarm
+    assert reading.position == watch.block_position == position
+    assert reading.stage == ("prompt" if position < 4 else "output")
+    assert reading.score == (1.5 if score == 1.5 else math.inf)
+    assert reading.ratio > 1
+    assert watch.tokens_seen == position + 1
+
+
+def test_a_score_at_the_threshold_is_no_alarm() -> None:
+    watch = make_watch(make_policy("block"))
+    observe(watch, 0, [1.0, 0.5])
+    (reading,) = watch.readings()
+    assert not reading.alarm
+    assert watch.block_position is None
+    assert (reading.score, reading.position, reading.ratio) == (1.0, 0, 1.0)
+    assert watch.tokens_seen == 2
+
+
+def test_before_its_first_token_a_request_has_no_alarm() -> None:
+    (reading,) = make_watch(make_policy("block")).readings()
+    assert not reading.alarm
+    assert reading.position is None
+    assert reading.stage == "prompt"
+
+
+def test_nothing_counts_behind_the_position_that_blocks() -> None:
+    watch = make_watch(make_policy("flag", "block"))
+    observe(watch, 0, [0, 0, 0, 9], [0, 0, 5, 0], bits=[1, 0, 3, 3])
+    observe(watch, 4, [9, 9], [9, 9], bits=[3, 3])
+    flag, block = watch.readings()
+    assert not flag.alarm
+    assert flag.score == 0
+    assert (block.position, block.score) == (2, 5)
+    assert watch.tokens_seen == 3
+    assert watch.clamped_tokens == [2, 1]
+
+
+def test_the_first_of_two_blocking_monitors_decides_where_a_request_ends() -> None:
+    watch = make_watch(make_policy("block", "block"))
+    observe(watch, 0, [0, 0, 0, 9], [0, 9, 0, 0])
+    first, second = watch.readings()
+    assert watch.block_position == second.position == 1
+    assert not first.alarm
+
+
+@pytest.mark.parametrize(
+    "policy", [make_policy("block", mode="observe"), make_policy("flag")]
+)
+def test_what_may_not_block_is_counted_to_the_end(policy: Policy) -> None:
+    watch = make_watch(policy)
+    observe(watch, 0, [0, 2, 0], bits=[1, 1, 1])
+    observe(watch, 3, [math.nan, 0], bits=[2, 2])
+    (reading,) = watch.readings()
+    assert watch.block_position is None
+    assert (reading.alarm, reading.position) == (True, 1)
+    assert reading.score == math.inf
+    assert watch.tokens_seen == 5
+    assert watch.clamped_tokens == [3, 2]
+
+
+@st.composite
+def computations(draw: st.DrawFn) -> tuple[list[float], list[tuple[int, int]]]:
+    """Scores by position, and steps that cover them, some of them again."""
+    scores = draw(
+        st.lists(
+            st.sampled_from([0.0, 0.3, 0.9, 1.1, 4.0, math.nan]), min_size=1, max_size=12
+        )
+    )
+    steps, known = [], 0
+    while known < len(scores):
+        first = draw(st.sampled_from([0, known, draw(st.integers(0, known))]))
+        last = draw(st.integers(first + 1, len(scores)))
+        steps.append((first, last))
+        known = max(known, last)
+    return scores, steps
+
+
+@pytest.mark.parametrize("mode", ["observe", "enforce"])
+@pytest.mark.parametrize("action", ["flag", "block"])
+@given(computation=computations())
+def test_a_position_counts_once_however_often_it_is_computed(
+    mode: str, action: str, computation: tuple[list[float], list[tuple[int, int]]]
+) -> None:
+    scores, steps = computation
+    policy = make_policy(action, mode=mode)
+    once, often = make_watch(policy), make_watch(policy)
+    observe(once, 0, scores, bits=[3] * len(scores))
+    for first, last in steps:
+        observe(often, first, scores[first:last], bits=[3] * (last - first))
+    assert often.readings() == once.readings()
+    assert often.tokens_seen == once.tokens_seen
+    assert often.clamped_tokens == once.clamped_tokens == [once.tokens_seen] * 2
+    assert often.block_position == once.block_position
+
+
+def test_a_reading_above_its_threshold_has_a_ratio_above_one() -> None:
+    reading = Reading("m", 3.0, 2.0, 0, "prompt", alarm=True, action="flag")
+    assert reading.ratio == 1.5
+    nothing = Reading("m", 3.0, 0.0, 0, "prompt", alarm=True, action="flag")
+    assert nothing.ratio == math.inf

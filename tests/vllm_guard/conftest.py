@@ -1,0 +1,78 @@
+"""A guarded process without an engine: a policy folder, read as a server would."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from guard.calibration import Calibration, save_calibration
+from guard.sae.load import weights_digest
+from guard.testing import save_toy_sae
+from vllm_guard import context
+
+POLICY = """
+version: 1
+saes:
+  s: {{path: sae, format: guard, hook_point: layers.1.resid_post, sha256: {digest}}}
+policies:
+  default:
+    clamps:
+      - {{name: hold, sae: s, latents: [1, 2], law: set, value: 3.0}}
+      - {{name: late, sae: s, latents: [3], law: ablate,
+          when: {{latents: [5], above: 0.5, scope: request}}}}
+    monitors:
+      - {{name: watch, sae: s, score: error_norm, calibration: c.safetensors,
+          target_fpr: 0.1, on_alarm: block}}
+  research:
+    clamps: [{{name: other, sae: s, latents: [4], law: ablate}}]
+  open: {{}}
+default_policy: default
+public_policies: [default, research, open]
+{extra}
+"""
+
+
+@pytest.fixture
+def write_policy(tmp_path: Path) -> Callable[..., Path]:
+    """Write a policy folder, with `extra` lines at the end of its file."""
+    save_toy_sae(tmp_path / "sae")
+    digest = weights_digest(tmp_path / "sae", "guard")
+    calibration = Calibration(
+        score="error_norm",
+        hook_point="layers.1.resid_post",
+        statistics={},
+        lengths=(16, 64),
+        maxima=(torch.arange(1.0, 20.0), 100 * torch.arange(1.0, 20.0)),
+        provenance={"sae_sha256": digest},
+    )
+    save_calibration(calibration, tmp_path / "c.safetensors")
+
+    def write(extra: str = "") -> Path:
+        path = tmp_path / "policy.yaml"
+        path.write_text(POLICY.format(digest=digest, extra=extra))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start without any state, and leave none."""
+    for name in ("POLICY", "SECRET", "FINGERPRINT", "FAULT_FILE"):
+        monkeypatch.delenv(f"GUARD_{name}", raising=False)
+    context.reset()
+    yield
+    context.reset()
+
+
+@pytest.fixture
+def state(
+    write_policy: Callable[..., Path],
+    clean_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> context.Context:
+    """Enter under the policy folder; slots are default 1, research 2, open 3."""
+    monkeypatch.setenv("GUARD_POLICY", str(write_policy()))
+    assert context.enter()
+    return context.get()

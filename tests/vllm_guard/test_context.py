@@ -1,0 +1,116 @@
+"""One process's state: entered once, the same in every process, and forgotten."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from guard.errors import CalibrationError, EngineError, PolicyError
+from guard.request import TICKET_KEY, read_ticket
+from vllm_guard import context
+
+
+@pytest.mark.usefixtures("clean_process")
+def test_without_a_policy_the_process_is_inert_and_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "_told_inert", False)
+    with caplog.at_level("INFO", "vllm_guard"):
+        assert not context.enter()
+        assert not context.enter()
+    assert [record.message for record in caplog.records] == [
+        "vllm-guard is inert: GUARD_POLICY is not set."
+    ]
+    with pytest.raises(RuntimeError, match="inert"):
+        context.get()
+    assert "GUARD_SECRET" not in os.environ
+
+
+def test_entering_twice_is_entering_once(state: context.Context) -> None:
+    assert context.enter()
+    assert context.get() is state
+
+
+def test_a_child_process_reads_the_same_file_with_the_same_secret(
+    state: context.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inherited = dict(os.environ)
+    context.reset()
+    assert "GUARD_SECRET" not in os.environ
+    for name in ("GUARD_SECRET", "GUARD_FINGERPRINT"):
+        monkeypatch.setenv(name, inherited[name])
+    assert context.enter()
+    assert context.get().secret == state.secret
+    assert context.get().fingerprint == state.fingerprint
+
+
+def test_every_start_has_its_own_secret(state: context.Context) -> None:
+    context.reset()
+    context.enter()
+    assert context.get().secret != state.secret
+    assert len(state.secret) == 32
+
+
+def test_a_file_that_changes_while_the_server_starts_stops_it(
+    state: context.Context,
+    write_policy: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context.reset()
+    monkeypatch.setenv("GUARD_FINGERPRINT", state.fingerprint)
+    write_policy("on_error: open")
+    with pytest.raises(PolicyError, match="changed while the server started"):
+        context.enter()
+    with pytest.raises(RuntimeError):
+        context.get()
+
+
+@pytest.mark.usefixtures("clean_process")
+def test_a_calibration_that_is_too_small_stops_the_start(
+    write_policy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_policy()
+    path.write_text(path.read_text().replace("0.1,", "0.01,"))
+    monkeypatch.setenv("GUARD_POLICY", str(path))
+    with pytest.raises(CalibrationError, match="at least 99"):
+        context.enter()
+
+
+def test_slots_are_counted_from_one_in_file_order(state: context.Context) -> None:
+    assert [state.slot(name) for name in ("default", "research", "open")] == [1, 2, 3]
+    for slot, name in enumerate(state.policy_file.policies, start=1):
+        assert state.policy(slot) == (name, state.policy_file.policies[name])
+
+
+def test_a_fault_is_left_where_the_launcher_finds_it(
+    tmp_path: Path, clean_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = tmp_path / "fault"
+    monkeypatch.setenv("GUARD_FAULT_FILE", str(fault))
+    with pytest.raises(EngineError), context.reporting():
+        raise EngineError("No such layer.")
+    assert fault.read_text() == "No such layer."
+
+
+def test_an_operator_gets_a_ticket_for_any_policy_of_the_file(
+    state: context.Context,
+) -> None:
+    args = context.sampling_args("research", trace="none")
+    ticket = read_ticket(args[TICKET_KEY], state.secret, now=time.time())
+    assert ticket is not None
+    assert ticket.policy == "research"
+    with pytest.raises(PolicyError, match="'x'; expected one of default, research"):
+        context.sampling_args("x", trace="none")
+
+
+def test_a_salt_depends_on_the_policy_and_on_the_client_and_never_mixes_them() -> None:
+    salts = [
+        context.cache_salt(policy, client)
+        for policy in ("ab", "cd")
+        for client in (None, "x", "y", "cd|x")
+    ]
+    assert len(set(salts)) == len(salts)
+    assert context.cache_salt("ab", "x") == context.cache_salt("ab", "x")
+    assert context.cache_salt("ab", None) == context.cache_salt("ab", "")

@@ -1,0 +1,425 @@
+"""In the engine core: under which policy a request runs, and what may leave."""
+
+import inspect
+import math
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from guard.request import TICKET_KEY, Ticket, sign_ticket
+from vllm import SamplingParams
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+)
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm_guard import context, engine
+from vllm_guard.readings import CARRIER_KEY, RequestReadings
+from vllm_guard.rows import SLOT_KEY
+
+OTHER_SECRET = b"x" * 32
+WATCHED = 2  # the column of the monitor in the policy of conftest.py
+
+
+def make_request(
+    extra_args: dict[str, Any] | None = None,
+    *,
+    salt: str | None = None,
+    prompt_length: int = 4,
+    max_tokens: int | None = 4,
+) -> EngineCoreRequest:
+    params = SamplingParams(extra_args=extra_args, max_tokens=max_tokens)
+    return EngineCoreRequest(
+        request_id="r",
+        prompt_token_ids=[1] * prompt_length,
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=salt,
+        data_parallel_rank=None,
+    )
+
+
+def ticket_for(policy: str, secret: bytes, *, seconds: float = 60.0) -> dict[str, Any]:
+    ticket = Ticket("id", policy, expires=time.time() + seconds)
+    return {TICKET_KEY: sign_ticket(ticket, secret)}
+
+
+def admit(request: EngineCoreRequest, *, max_model_len: int = 64) -> engine.Watched:
+    return engine.admit(request, max_model_len=max_model_len)
+
+
+def slot_written(request: EngineCoreRequest) -> int:
+    assert request.sampling_params is not None
+    assert request.sampling_params.extra_args is not None
+    return request.sampling_params.extra_args[SLOT_KEY]
+
+
+def test_a_valid_ticket_names_the_policy(state: context.Context) -> None:
+    request = make_request(ticket_for("research", state.secret))
+    watched = admit(request)
+    assert (watched.id, watched.name) == ("id", "research")
+    assert watched.watch.policy is state.policy_file.policies["research"]
+    assert slot_written(request) == 2
+
+
+def test_without_a_valid_ticket_the_default_policy_applies(
+    state: context.Context,
+) -> None:
+    valid = ticket_for("open", state.secret)[TICKET_KEY]
+    for extra_args in (
+        None,
+        {},
+        ticket_for("open", OTHER_SECRET),
+        ticket_for("open", state.secret, seconds=-1.0),
+        ticket_for("nowhere", state.secret),
+        {TICKET_KEY: valid[:-1] + ("A" if valid[-1] != "A" else "B")},
+        {TICKET_KEY: [valid]},
+        {SLOT_KEY: 3, "guard_policy": "open"},
+    ):
+        request = make_request(extra_args)
+        assert admit(request).name == "default"
+        assert slot_written(request) == 1
+
+
+def test_a_request_without_sampling_params_runs_under_the_default(
+    state: context.Context,
+) -> None:
+    request = make_request()
+    request.sampling_params = None
+    assert admit(request).name == "default"
+    assert request.sampling_params is None
+
+
+def test_params_that_several_requests_share_are_copied(state: context.Context) -> None:
+    one, other = make_request(), make_request()
+    shared = SamplingParams(extra_args=ticket_for("open", state.secret) | {"mine": 1})
+    before = dict(shared.extra_args or {})
+    one.sampling_params = other.sampling_params = shared
+    for request in (one, other):
+        assert admit(request).name == "open"
+        assert request.sampling_params is not shared
+    assert shared.extra_args == before
+
+
+def test_what_a_client_wrote_in_the_guards_name_is_taken_out(
+    state: context.Context,
+) -> None:
+    own = {"guard_slot": 3, "guard_anything": 1, "guardian": 2, "mine": 3}
+    request = make_request(own | ticket_for("research", state.secret))
+    admit(request)
+    assert request.sampling_params is not None
+    assert request.sampling_params.extra_args == {
+        "guardian": 2,
+        "mine": 3,
+        SLOT_KEY: 2,
+    }
+
+
+def salt_of(
+    state: context.Context, policy: str, client: str | None, **values: Any
+) -> str | None:
+    request = make_request(ticket_for(policy, state.secret), salt=client, **values)
+    admit(request)
+    return request.cache_salt
+
+
+def test_a_prefix_is_shared_within_one_policy_and_one_client_salt_only(
+    state: context.Context,
+) -> None:
+    salts = {
+        (policy, client): salt_of(state, policy, client)
+        for policy in ("default", "research", "open")
+        for client in (None, "mine", "yours")
+    }
+    assert len(set(salts.values())) == len(salts)
+    assert salt_of(state, "open", "mine", prompt_length=9) == salts["open", "mine"]
+
+
+def test_a_client_cannot_write_the_salt_of_another_policy(
+    state: context.Context,
+) -> None:
+    wanted = salt_of(state, "open", None)
+    assert wanted is not None
+    forged = (wanted, state.fingerprints["open"], f"{state.fingerprints['open']}|")
+    for client in forged:
+        request = make_request(ticket_for("open", OTHER_SECRET), salt=client)
+        admit(request)
+        assert request.cache_salt != wanted
+
+
+@pytest.mark.parametrize(
+    ("prompt_length", "max_tokens", "threshold"),
+    # Of 19 maxima the 18th: 18 in the bucket up to 16 tokens, 1800 up to 64.
+    [(4, 12, 18.0), (4, 13, 1800.0), (16, 1, 1800.0), (4, None, 1800.0)],
+)
+def test_the_threshold_is_that_of_the_longest_a_request_may_become(
+    state: context.Context,
+    prompt_length: int,
+    max_tokens: int | None,
+    threshold: float,
+) -> None:
+    request = make_request(prompt_length=prompt_length, max_tokens=max_tokens)
+    (reading,) = admit(request).watch.readings()
+    assert reading.threshold == threshold
+
+
+def test_a_request_cannot_become_longer_than_the_model_allows(
+    state: context.Context,
+) -> None:
+    request = make_request(max_tokens=1000)
+    (reading,) = admit(request, max_model_len=16).watch.readings()
+    assert reading.threshold == 18.0
+
+
+class FakeScheduler:
+    """As much of vLLM's scheduler as hands out tokens and ends requests."""
+
+    def __init__(self, *requests: "FakeRequest") -> None:
+        self.requests = {request.request_id: request for request in requests}
+
+    def finish_requests(self, ids: set[str], status: Any) -> None:
+        for request_id in ids:
+            self.requests.pop(request_id).finished = True
+
+
+class FakeRequest:
+    """As much of vLLM's request as the guard looks at."""
+
+    def __init__(self, watched: engine.Watched, *, prompt_length: int) -> None:
+        self.request_id = "r"
+        self.guard = watched
+        self.finished = False
+        self.client_index = 0
+        self.trace_headers = None
+        self.num_prompt_tokens = prompt_length
+        self.prompt_token_ids = [1] * prompt_length
+        self.prompt_embeds = None
+
+    def is_finished(self) -> bool:
+        return self.finished
+
+    def take_events(self) -> None:
+        return None
+
+
+def hand_out(
+    scheduler: FakeScheduler, scheduler_output: Any, output: ModelRunnerOutput
+) -> dict[int, EngineCoreOutputs]:
+    """Do what vLLM's own method does with sampled tokens."""
+    outputs = [
+        EngineCoreOutput(request_id=request_id, new_token_ids=tokens)
+        for request_id, tokens in zip(
+            output.req_ids, output.sampled_token_ids, strict=True
+        )
+        if tokens
+    ]
+    return {0: EngineCoreOutputs(outputs=outputs)} if outputs else {}
+
+
+def run_step(
+    scheduler: FakeScheduler,
+    scores: Sequence[float],
+    *,
+    first: int,
+    tokens: Sequence[int],
+    drafts: int = 0,
+    missed: int = 0,
+) -> list[EngineCoreOutput]:
+    """Let one request's rows come back from the worker, and its tokens leave."""
+    table = np.zeros((len(scores), WATCHED + 1), dtype=np.float32)
+    table[:, WATCHED] = scores
+    output = ModelRunnerOutput(["r"], {"r": 0}, [list(tokens)])
+    output.prompt_logprobs_dict["r"] = None
+    clamped = np.full(len(scores), 0b01, dtype=np.int32)
+    readings = RequestReadings(first, table, clamped, len(scores) - missed)
+    output.guard = {"r": readings}  # type: ignore[attr-defined]
+    scheduled = SimpleNamespace(
+        num_scheduled_tokens={"r": len(scores)},
+        scheduled_spec_decode_tokens={"r": [0] * drafts} if drafts else {},
+    )
+    found = engine._update_from_output(hand_out, scheduler, scheduled, output)
+    blocked = [o for group in found.values() for o in group.outputs if o.finish_reason]
+    assert ("r" in output.prompt_logprobs_dict) == (not blocked)
+    return [output for group in found.values() for output in group.outputs]
+
+
+def start(
+    state: context.Context, *, prompt_length: int, policy: str = "default"
+) -> FakeScheduler:
+    request = make_request(
+        ticket_for(policy, state.secret), prompt_length=prompt_length, max_tokens=8
+    )
+    return FakeScheduler(FakeRequest(admit(request), prompt_length=prompt_length))
+
+
+def verdict_of(output: EngineCoreOutput) -> dict[str, Any]:
+    assert output.kv_transfer_params is not None
+    return output.kv_transfer_params[CARRIER_KEY]["verdict"]
+
+
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_no_token_sampled_at_or_after_an_alarm_leaves(
+    state: context.Context, data: st.DataObject
+) -> None:
+    """Token `100 + p` is what the row at position p samples."""
+    prompt_length = data.draw(st.integers(1, 6))
+    alarm = data.draw(st.none() | st.integers(0, 10))
+    poison = data.draw(st.sampled_from([1e9, math.nan, math.inf]))
+    scheduler, left, position, outputs = start(state, prompt_length=prompt_length), [], 0, []
+    while position < 11 and scheduler.requests:
+        rest = prompt_length - position
+        drafts, accepted = 0, 0
+        if rest > 0:
+            count = data.draw(st.integers(1, rest))
+        else:
+            drafts = data.draw(st.integers(0, 3))
+            accepted = data.draw(st.integers(0, drafts))
+            count = 1 + drafts
+        scores = [0.5] * count
+        last = position + count - 1 - drafts
+        for row in range(position, position + count):
+            # What the rejected drafts scored is nobody's business.
+            if row == alarm or row > last + accepted:
+                scores[row - position] = poison
+        samples = last >= prompt_length - 1
+        tokens = [100 + last + i for i in range(1 + accepted)] if samples else []
+        outputs = run_step(
+            scheduler, scores, first=position, tokens=tokens, drafts=drafts
+        )
+        left += [token for output in outputs for token in output.new_token_ids]
+        position = last + accepted + 1
+    end = position if alarm is None or alarm >= position else alarm
+    assert left == [100 + p for p in range(prompt_length - 1, end)]
+    is_blocked = alarm is not None and alarm < position
+    assert bool(scheduler.requests) is not is_blocked
+    if is_blocked:
+        (output,) = outputs
+        assert output.finish_reason is FinishReason.LENGTH
+        assert output.stop_reason == engine.BLOCK_REASON
+        verdict = verdict_of(output)
+        assert verdict["action"] == "block"
+        assert verdict["stage"] == ("prompt" if alarm < prompt_length else "output")
+        assert verdict["tokens_seen"] == verdict["clamped_tokens"]["hold"] == alarm + 1
+
+
+def test_every_output_carries_the_running_verdict(state: context.Context) -> None:
+    scheduler = start(state, prompt_length=3)
+    assert run_step(scheduler, [1.0, 2.0], first=0, tokens=[]) == []
+    (output,) = run_step(scheduler, [3.0], first=2, tokens=[7])
+    assert output.new_token_ids == [7]
+    assert output.finish_reason is None
+    verdict = verdict_of(output)
+    assert (verdict["action"], verdict["tokens_seen"]) == ("allow", 3)
+    assert verdict["clamped_tokens"] == {"hold": 3, "late": 0}
+    assert output.kv_transfer_params is not None
+    progress = output.kv_transfer_params[CARRIER_KEY]
+    assert progress["ratios"] == {"watch": 3.0 / 18.0}
+    assert progress["counted"]["prefill"] == 3
+
+
+def test_tokens_are_counted_once_and_by_phase(state: context.Context) -> None:
+    scheduler = start(state, prompt_length=3)
+    run_step(scheduler, [1.0, 1.0, 1.0], first=0, tokens=[7])
+    (output,) = run_step(scheduler, [1.0], first=3, tokens=[8])
+    assert output.kv_transfer_params is not None
+    counted = output.kv_transfer_params[CARRIER_KEY]["counted"]
+    assert (counted.get("prefill", 0), counted.get("decode", 0)) == (0, 1)
+
+
+@pytest.mark.usefixtures("state")
+def test_a_token_that_missed_its_hooks_ends_the_request() -> None:
+    scheduler = start(context.get(), prompt_length=2)
+    (output,) = run_step(scheduler, [1.0, 1.0], first=0, tokens=[7], missed=1)
+    assert output.new_token_ids == []
+    assert output.stop_reason == engine.BLOCK_REASON
+    verdict = verdict_of(output)
+    assert (verdict["action"], verdict["reason"]) == ("block", "unguarded")
+    assert not scheduler.requests
+
+
+@pytest.mark.usefixtures("state")
+def test_a_step_without_any_readings_ends_its_requests() -> None:
+    scheduler = start(context.get(), prompt_length=2)
+    output = ModelRunnerOutput(["r"], {"r": 0}, [[7]])
+    scheduled = SimpleNamespace(
+        num_scheduled_tokens={"r": 2}, scheduled_spec_decode_tokens={}
+    )
+    found = engine._update_from_output(hand_out, scheduler, scheduled, output)
+    (left,) = found[0].outputs
+    assert left.new_token_ids == []
+    assert verdict_of(left)["reason"] == "unguarded"
+
+
+def test_a_policy_without_monitors_lets_everything_pass(state: context.Context) -> None:
+    scheduler = start(state, prompt_length=1, policy="open")
+    (output,) = run_step(scheduler, [math.nan], first=0, tokens=[7])
+    assert output.new_token_ids == [7]
+    assert verdict_of(output)["action"] == "allow"
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_seams_of_the_engine_core_are_where_they_were() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
+    assert parameters(Scheduler.update_from_output) == [
+        "self",
+        "scheduler_output",
+        "model_runner_output",
+    ]
+    assert parameters(Scheduler.finish_requests) == [
+        "self",
+        "request_ids",
+        "finished_status",
+    ]
+    assert parameters(EngineCore.preprocess_add_request) == ["self", "request"]
+    assert parameters(EngineCore.collective_rpc)[:2] == ["self", "method"]
+    assert parameters(EngineCore.__init__)[:2] == ["self", "vllm_config"]
+
+
+def test_the_seams_of_the_api_server_are_where_they_were() -> None:
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    assert parameters(OutputProcessor.process_outputs)[:2] == [
+        "self",
+        "engine_core_outputs",
+    ]
+    assert parameters(OutputProcessor.abort_requests)[:2] == ["self", "request_ids"]
+    assert parameters(RequestState._new_completion_output) == [
+        "self",
+        "token_ids",
+        "finish_reason",
+        "stop_reason",
+    ]
+    fields = {"parent_req", "external_req_id", "request_index"}
+    assert fields <= set(parameters(RequestState.__init__))
+
+
+def test_what_the_guard_reads_of_a_request_is_still_there() -> None:
+    from vllm.v1.request import Request
+
+    known = {"prompt_token_ids", "prompt_embeds", "sampling_params", "cache_salt"}
+    assert known <= set(EngineCoreRequest.__struct_fields__)
+    source = inspect.getsource(Request.__init__)
+    for name in ("num_prompt_tokens", "client_index", "trace_headers", "cache_salt"):
+        assert f"self.{name}" in source
+    assert "kv_transfer_params" in EngineCoreOutput.__struct_fields__
+    assert callable(Request.is_finished)
+    assert callable(Request.take_events)

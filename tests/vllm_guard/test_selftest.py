@@ -1,0 +1,155 @@
+"""A guard that does not do what it says never serves."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from guard.check import load_saes
+from guard.errors import EngineError
+from guard.pipeline import Guard, StepBuffers, build_guards
+from vllm.config import VllmConfig
+from vllm_guard import context, ops
+from vllm_guard.rows import StepRows
+from vllm_guard.selftest import check_canary, check_hooks_ran, check_stream
+
+WIDTH = 16
+
+
+@pytest.fixture
+def guard(state: context.Context) -> Guard:
+    """The guard of the policy folder, bound."""
+    step = StepBuffers(max_tokens=32, max_requests=4, num_columns=len(state.columns))
+    saes = load_saes(state.policy_file)
+    (guard,) = build_guards(state.policy_file, saes, state.calibrations, step).values()
+    ops.bind([guard])
+    return guard
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sound_clamp_passes_and_leaves_no_trace(
+    guard: Guard, state: context.Context, dtype: torch.dtype
+) -> None:
+    check_canary(guard, state.policy_file, dtype=dtype)
+    for buffer in guard.step.buffers():
+        assert not buffer.any()
+
+
+@pytest.mark.parametrize(
+    ("table", "policy"), [("offset", "default"), ("gain", "research")]
+)
+def test_a_clamp_that_lost_a_rule_does_not_pass(
+    guard: Guard, state: context.Context, table: str, policy: str
+) -> None:
+    clamp = guard.dictionaries[0].clamp
+    getattr(clamp, table).fill_(1.0 if table == "gain" else 0.0)
+    with pytest.raises(EngineError, match=f"is off by .* under policy '{policy}'"):
+        check_canary(guard, state.policy_file, dtype=torch.float32)
+
+
+def test_an_op_that_does_nothing_does_not_pass(
+    guard: Guard, state: context.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "call_guard", lambda *_: None)
+    with pytest.raises(EngineError, match="is off by"):
+        check_canary(guard, state.policy_file, dtype=torch.float32)
+
+
+def test_an_op_that_writes_what_is_not_a_number_does_not_pass(
+    guard: Guard, state: context.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "call_guard", lambda rows, *_: rows.fill_(torch.nan))
+    with pytest.raises(EngineError, match="is off by nan"):
+        check_canary(guard, state.policy_file, dtype=torch.float32)
+
+
+def make_runner(guard: Guard, *, times: int) -> Any:
+    """Return what runs a pass of dummy rows through the hook so many times."""
+
+    def dummy_run(num_tokens: int) -> None:
+        for _ in range(times):
+            ops.call_guard(torch.zeros(num_tokens, 64), None, 0)
+
+    return SimpleNamespace(_dummy_run=dummy_run)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_pass_that_misses_the_hook_or_meets_it_twice_stops_the_start(
+    guard: Guard, times: int
+) -> None:
+    rows = StepRows(guard.step, num_hooks=1, default_slot=1)
+    with pytest.raises(EngineError, match=f"ran {times} of 1 hooks"):
+        check_hooks_ran(make_runner(guard, times=times), rows)
+
+
+def test_a_pass_through_every_hook_is_enough_and_forgotten(guard: Guard) -> None:
+    rows = StepRows(guard.step, num_hooks=1, default_slot=1)
+    guard.step.marks.fill_(3)
+    check_hooks_ran(make_runner(guard, times=1), rows)
+    assert not guard.step.marks.any()
+
+
+def test_a_model_that_was_loaded_without_the_guard_stops_the_start() -> None:
+    with pytest.raises(EngineError, match="loaded without the guard"):
+        check_hooks_ran(SimpleNamespace(), None)
+
+
+class Layer(nn.Module):
+    """A decoder layer as vLLM writes them: its norm adds the two halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        resid = hidden_states + residual
+        return self.mlp(resid / resid.norm(dim=1, keepdim=True)), resid
+
+
+class SummedLayer(Layer):
+    """A layer whose input is the whole stream; the residual only comes along."""
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.mlp(hidden_states), residual
+
+
+class ForeignLayer(Layer):
+    """A layer with a signature nobody has seen."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x
+
+
+@pytest.fixture
+def config() -> VllmConfig:
+    """An engine's configuration, with a model of `WIDTH`."""
+    config = VllmConfig()
+    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: WIDTH)
+    object.__setattr__(config, "model_config", model)
+    return config
+
+
+def test_a_layer_that_reads_the_sum_passes(config: VllmConfig) -> None:
+    check_stream([Layer(), Layer()], config, allow_unverified=False)
+
+
+def test_a_layer_that_reads_something_else_stops_the_start(config: VllmConfig) -> None:
+    for allow_unverified in (False, True):
+        with pytest.raises(EngineError, match="SummedLayer does not read"):
+            check_stream(
+                [Layer(), SummedLayer()], config, allow_unverified=allow_unverified
+            )
+
+
+def test_a_layer_that_cannot_be_checked_needs_permission(config: VllmConfig) -> None:
+    layers = [Layer(), ForeignLayer()]
+    with pytest.raises(EngineError, match="Set allow_unverified_model: true"):
+        check_stream(layers, config, allow_unverified=False)
+    check_stream(layers, config, allow_unverified=True)
