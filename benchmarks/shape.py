@@ -21,10 +21,11 @@ IDLE_POLICY = "open"
 """Name of the policy without clamps and monitors, in every policy file."""
 
 _ORGANISM = ROOT / "guard" / "demo" / "organism"
+_D_MODEL = 896
 _QWEN = {  # https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
-    "hidden_size": 896,
+    "hidden_size": _D_MODEL,
     "num_hidden_layers": 24,
     "num_attention_heads": 14,
     "num_key_value_heads": 2,
@@ -39,7 +40,7 @@ _QWEN = {  # https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json
     "eos_token_id": 151643,
     "torch_dtype": "bfloat16",
 }
-_DUMMY_NORM = 1e-3 / math.sqrt(3) * math.sqrt(_QWEN["hidden_size"])  # type: ignore[call-overload]
+_DUMMY_NORM = 1e-3 / math.sqrt(3) * math.sqrt(_D_MODEL)
 """Norm of `resid` under vLLM's dummy weights, uniform in [-1e-3, 1e-3]: that of an
 embedding, for every layer's output is a thousand times smaller."""
 
@@ -85,7 +86,7 @@ def make_dummy_shape(folder: Path, *, expansion: int = 16, latents: int = 32) ->
     """Write a model of Qwen2.5-0.5B's shape without weights, and a random SAE.
 
     The SAE's threshold lets about 50 latents of a token be active, as in published
-    SAEs, and the clamped latents are active at every token.
+    SAEs, and most of the clamped ones.
 
     Args:
         folder: Where it goes.
@@ -95,15 +96,15 @@ def make_dummy_shape(folder: Path, *, expansion: int = 16, latents: int = 32) ->
     model, sae = folder / "model", folder / "sae"
     model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(_QWEN), encoding="utf-8")
-    d_model = int(_QWEN["hidden_size"])  # type: ignore[call-overload]
-    d_sae = expansion * d_model
+    d_model, d_sae = _D_MODEL, expansion * _D_MODEL
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(d_sae, d_model, generator=generator)
     directions /= directions.norm(dim=1, keepdim=True)
-    deviation = _DUMMY_NORM / d_model**0.5
-    threshold = 2.7 * deviation
+    # 2.7 deviations let 0.35 % through. An ablation moves the stream as well, by 32
+    # unit vectors of 1.2 thresholds, which makes its deviation after it wider.
+    threshold = 3.4 * _DUMMY_NORM / d_model**0.5
     b_enc = torch.zeros(d_sae)
-    b_enc[:latents] = 2 * threshold
+    b_enc[:latents] = 1.2 * threshold
     hook_point = "layers.12.resid_post"
     config = SaeConfig(
         architecture="jumprelu", d_model=d_model, d_sae=d_sae, hook_point=hook_point
@@ -135,7 +136,10 @@ def make_organism_shape(folder: Path) -> Shape:
         about = "the demo's organism with its SAE"
         content = yaml.safe_load((_ORGANISM / "policy.yaml").read_text("utf-8"))
         clamp = content["policies"]["default"]["clamps"][0]
-        sae, latents = _ORGANISM / content["saes"][clamp["sae"]]["path"], clamp["latents"]
+        sae, latents = (
+            _ORGANISM / content["saes"][clamp["sae"]]["path"],
+            clamp["latents"],
+        )
     else:
         about = "a random toy model with a random SAE, for the organism is not built"
         model, sae, latents = folder / "model", folder / "sae", [1, 2, 5]

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.shape import Shape
+from benchmarks.shape import IDLE_POLICY, Shape
 
 __all__ = ["Subject", "SubjectError", "Task", "Timing", "Variant"]
 
@@ -119,7 +119,7 @@ class Subject:
         self._pipe.send(warm_up)
         self._receive(_TASK_SECONDS)
         self._pipe.send(task)
-        timing = self._receive(_TASK_SECONDS)
+        timing: Timing = self._receive(_TASK_SECONDS)
         self._signal(signal.SIGSTOP)
         self._check(task, timing)
         return timing
@@ -128,7 +128,7 @@ class Subject:
         """Hold what a variant did against what it is for."""
         rows = task.batch * (task.prompt_tokens + task.output_tokens - 1)
         guarded = rows if task.policy is not None else 0
-        clamps = self.variant != "unguarded" and task.policy != _IDLE
+        clamps = self.variant != "unguarded" and task.policy != IDLE_POLICY
         found = (
             timing.output_tokens,
             timing.guarded_tokens,
@@ -172,9 +172,6 @@ class Subject:
         self._process.join()
 
 
-_IDLE = "open"
-
-
 def _serve(setup: _Setup, pipe: Connection) -> None:
     """Run in the child: start an engine, then answer tasks until the pipe closes."""
     os.setsid()
@@ -214,6 +211,8 @@ def _start(setup: _Setup) -> Any:
         max_num_seqs=setup.max_batch,
         max_num_batched_tokens=max(2048, setup.max_length),
         enable_prefix_caching=False,
+        # Four engines share the memory: no more KV cache than the requests can fill.
+        num_gpu_blocks_override=1 + setup.max_batch * -(-setup.max_length // 128),
         enforce_eager=setup.eager_hook,
         seed=0,
     )
@@ -257,11 +256,10 @@ def _measure(llm: Any, setup: _Setup, task: Task) -> Timing:
 
 def _draw_prompts(task: Task) -> Iterator[dict[str, list[int]]]:
     """Yield prompts of ordinary tokens: no end, no BOS, the organism's included."""
-    draw = random.Random(0)  # noqa: S311 - nothing secret
+    draw = random.Random(0)
     for _ in range(task.batch):
-        yield {
-            "prompt_token_ids": [draw.randrange(10, 120) for _ in range(task.prompt_tokens)]
-        }
+        tokens = [draw.randrange(10, 120) for _ in range(task.prompt_tokens)]
+        yield {"prompt_token_ids": tokens}
 
 
 class EagerHook:

@@ -63,12 +63,13 @@ def demo(
     ] = False,
 ) -> None:
     """Serve the organism, show what the guard does to it, and stay up."""
-    from guard.demo import show
-
     if rebuild:
-        show.rebuild_organism()
-        return
-    show.run_demo(port=port, once=once)
+        from guard.demo.rebuild import main as rebuild_organism
+
+        raise typer.Exit(rebuild_organism([]))
+    from guard.demo.show import run_demo
+
+    run_demo(port=port, once=once)
 
 
 @app.command()

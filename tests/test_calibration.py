@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from specimens import AT, D_MODEL, draw_rows
@@ -54,12 +54,13 @@ def exact_rank(count: int, target: str) -> int | None:
 
 
 @given(st.integers(1, 1500), st.sampled_from(TARGETS))
+@example(99, "0.45")  # where 1 - 0.45 in floating point would ask for one more
 def test_the_threshold_has_the_exact_conformal_rank(count: int, target: str) -> None:
     calibration, rank = make_calibration(count), exact_rank(count, target)
     if rank is not None:
         assert calibration.threshold(1, target_fpr=float(target)) == rank
         return
-    needed = next(n for n in itertools.count(1) if 1 <= (n + 1) * Fraction(target))
+    needed = next(n for n in itertools.count(1) if (n + 1) * Fraction(target) >= 1)
     with pytest.raises(CalibrationError, match=f"holds {count} .* at least {needed}"):
         calibration.threshold(1, target_fpr=float(target))
     make_calibration(needed).threshold(1, target_fpr=float(target))
@@ -107,11 +108,14 @@ def beta_binomial_interval(
     def log_beta(x: float, y: float) -> float:
         return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
 
-    total, bounds = 0.0, []
+    bounds: list[int] = []
+    total = 0.0
     for k in range(trials + 1):
         ways = -math.log(trials + 1) - log_beta(trials - k + 1, k + 1)
         total += math.exp(ways + log_beta(k + a, trials - k + b) - log_beta(a, b))
-        while len(bounds) < 2 and total > [(1 - level) / 2, (1 + level) / 2][len(bounds)]:
+        while (
+            len(bounds) < 2 and total > [(1 - level) / 2, (1 + level) / 2][len(bounds)]
+        ):
             bounds.append(k)
     return bounds[0], bounds[1]
 
@@ -125,7 +129,9 @@ def test_a_request_is_judged_by_the_first_bucket_it_fits_into(
     assert make_calibration(9, 19).threshold(length, target_fpr=0.1) == threshold
 
 
-def fit(*lengths_of_requests: int, score: str = "error_norm", **values: Any) -> Calibration:
+def fit(
+    *lengths_of_requests: int, score: str = "error_norm", **values: Any
+) -> Calibration:
     requests = [draw_rows(n, seed=n) for n in lengths_of_requests]
     benign = draw_rows(50, seed=0)
     wanted: dict[str, Any] = {
@@ -146,9 +152,9 @@ def test_a_bucket_keeps_the_sorted_maxima_of_the_requests_that_fall_into_it() ->
 
 
 def test_fitting_refuses_what_it_cannot_promise_anything_for() -> None:
-    with pytest.raises(CalibrationError, match="No held-out request falls into .* 8"):
+    with pytest.raises(CalibrationError, match=r"No held-out request falls into .* 8"):
         fit(3, 4)
-    with pytest.raises(CalibrationError, match="has 9 tokens.*expected at most 8"):
+    with pytest.raises(CalibrationError, match=r"has 9 tokens.*expected at most 8"):
         fit(3, 5, 9)
     with pytest.raises(CalibrationError, match="'magic'; expected one of error_norm"):
         fit(3, 5, score="magic")
@@ -256,5 +262,7 @@ def test_what_is_no_safetensors_file_is_one_clear_line(tmp_path: Path) -> None:
         with pytest.raises(CalibrationError, match="not a calibration") as caught:
             load_calibration(path)
         assert "\n" not in str(caught.value)
-    with pytest.raises(CalibrationError, match="no such calibration; `guard calibrate`"):
+    with pytest.raises(
+        CalibrationError, match="no such calibration; `guard calibrate`"
+    ):
         load_calibration(tmp_path / "missing")

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from specimens import (
     D_MODEL,
     D_SAE,
+    Traffic,
     draw_rows,
     is_clear_cut,
     make_sae,
     policies,
     traffics,
-    Traffic,
 )
 from torch import Tensor
 
@@ -112,9 +112,7 @@ def test_a_condition_holds_at_its_token_or_from_there_on(
     scope: str, clamped: list[bool]
 ) -> None:
     resid = torch.tensor([[2.0, 0.5, 0.0], [2.0, 0.6, 0.0], [2.0, 0.1, 0.0]])
-    rule = make_rule(
-        "ablate", when={"latents": (1, 2), "above": 1.0, "scope": scope}
-    )
+    rule = make_rule("ablate", when={"latents": (1, 2), "above": 1.0, "scope": scope})
     result = clamp_resid(resid, make_mirror(), [rule])
     assert result.clamped[:, 0].tolist() == clamped
     assert result.fired[:, 0].tolist() == [False, True, False]

@@ -31,7 +31,7 @@ def test_what_enters_a_layer_is_what_left_the_one_before(layer: int) -> None:
         " layers.1.resid_post",
         "layers.1.resid_post\n",
         "layers.1.resid_postscript",
-        "layers.٣.resid_post",  # noqa: RUF001 - a digit that int() would read
+        "layers.٣.resid_post",
     ],
 )
 def test_another_name_is_refused_with_the_one_that_is_expected(text: str) -> None:

@@ -116,9 +116,7 @@ def make_policy(*actions: str, mode: str = "enforce") -> Policy:
     clamps = tuple(
         Rule(name=f"r{i}", sae="a", latents=(i,), law="ablate") for i in range(2)
     )
-    return Policy.model_validate(
-        {"mode": mode, "clamps": clamps, "monitors": monitors}
-    )
+    return Policy.model_validate({"mode": mode, "clamps": clamps, "monitors": monitors})
 
 
 def make_watch(policy: Policy, *, prompt_length: int = 4) -> Watch:
@@ -212,7 +210,9 @@ def computations(draw: st.DrawFn) -> tuple[list[float], list[tuple[int, int]]]:
     """Scores by position, and steps that cover them, some of them again."""
     scores = draw(
         st.lists(
-            st.sampled_from([0.0, 0.3, 0.9, 1.1, 4.0, math.nan]), min_size=1, max_size=12
+            st.sampled_from([0.0, 0.3, 0.9, 1.1, 4.0, math.nan]),
+            min_size=1,
+            max_size=12,
         )
     )
     steps, known = [], 0

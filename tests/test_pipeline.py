@@ -23,6 +23,7 @@ from specimens import (
     traffics,
 )
 from torch import Tensor
+from vllm_guard import ops
 
 from guard.calibration import Calibration
 from guard.clamp import clamp_resid
@@ -32,7 +33,6 @@ from guard.monitor import Activations, Column, density, list_columns
 from guard.pipeline import Guard, StepBuffers, build_guards, read_resid
 from guard.policy import Policy, PolicyFile, Rule, When
 from guard.sae.model import Sae
-from vllm_guard import ops
 
 Call = Callable[[Tensor, Tensor | None], None]
 
@@ -106,7 +106,7 @@ def check_request(traffic: Traffic, request: Request, served: Served) -> None:
     assert not after[broken].isfinite().all(1).any()
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(traffics(), st.booleans())
 def test_every_request_is_clamped_as_if_alone_and_in_one_piece(
     traffic: Traffic, opaque: bool
@@ -129,18 +129,14 @@ def hold(name: str, law: str = "set", **values: object) -> Rule:
 
 
 def test_a_step_without_rows_changes_nothing() -> None:
-    policy_file = make_policy_file(
-        {"p": Policy(clamps=(hold("r"),))}, saes={"a": AT}
-    )
+    policy_file = make_policy_file({"p": Policy(clamps=(hold("r"),))}, saes={"a": AT})
     guard = build(policy_file, {"a": make_sae()})
     guard(torch.empty(0, D_MODEL), None)
     assert not guard.step.marks.any()
 
 
 def test_all_rows_of_a_full_step_are_clamped() -> None:
-    policy_file = make_policy_file(
-        {"p": Policy(clamps=(hold("r"),))}, saes={"a": AT}
-    )
+    policy_file = make_policy_file({"p": Policy(clamps=(hold("r"),))}, saes={"a": AT})
     sae = make_sae()
     guard = build(policy_file, {"a": sae})
     hidden_states = draw_rows(100, seed=0)
@@ -250,7 +246,9 @@ def test_a_compiled_model_sees_the_clamp_exactly_where_it_was_put(backend: str) 
         assert guard.step.marks_of(5).visits.tolist() == [1] * 5
 
 
-def watched_file(score: str = "error_norm", *, clamps: tuple[Rule, ...] = ()) -> PolicyFile:
+def watched_file(
+    score: str = "error_norm", *, clamps: tuple[Rule, ...] = ()
+) -> PolicyFile:
     monitor = make_monitor(score=score, calibration=Path("c"))
     return make_policy_file(
         {"p": Policy(clamps=clamps, monitors=(monitor,)), "open": Policy()},
@@ -334,7 +332,9 @@ def test_saes_at_two_hook_points_make_two_guards_in_layer_order() -> None:
     [
         calibrate("density"),
         calibrate(sae_sha256=f"{9:064x}"),
-        Calibration("error_norm", "layers.7.resid_post", {}, (1,), (torch.ones(1),), {}),
+        Calibration(
+            "error_norm", "layers.7.resid_post", {}, (1,), (torch.ones(1),), {}
+        ),
     ],
     ids=["score", "sae", "hook point"],
 )

@@ -1,4 +1,4 @@
-"""Rebuilds the organism from nothing: model, SAE, clamp, policy, numbers.
+"""Rebuilds the organism from nothing: model, SAE, clamp, calibrations, numbers.
 
 `python -m guard.demo.rebuild FOLDER` takes six to nine minutes on one core. The same
 seed gives the same organism on the same machine; another machine rounds otherwise,
@@ -36,12 +36,13 @@ from guard.demo.grammar import KINDS, Kind, Prompt, prompts, topics
 from guard.demo.measure import ORGANISM, measure, missed, table
 from guard.demo.selection import MAX_LATENTS, Choice, build_dev, choose_latents
 from guard.demo.tokenizer import build_tokenizer
+from guard.demo.traffic import calibrate, num_batches
 from guard.demo.train import Recipe, save_model, train_model
 from guard.errors import GuardError
 from guard.sae.load import save_sae, weights_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -57,8 +58,8 @@ EXAMPLES: dict[Kind, int] = {"b": 2, "bj": 1, "h": 2, "hj": 3}
 """Prompts of each class in prompts.json, all of held-out topics."""
 
 _POLICY = """\
-# The policy of the demo. `default` clamps what lets a jailbreak phrase through;
-# `open` changes nothing, so that anyone can compare.
+# The policy of the demo. `default` clamps what lets a jailbreak phrase through, and
+# watches what flows on; `open` changes nothing, so that anyone can compare.
 version: 1
 saes:
   {name}:
@@ -71,6 +72,11 @@ policies:
     mode: enforce
     clamps:
       - {{name: jailbreak, sae: {name}, latents: {latents}, law: ablate}}
+    monitors:
+      - {{name: recovery, sae: {name}, score: density,
+         calibration: calib/density.safetensors, target_fpr: 0.01, on_alarm: block}}
+      - {{name: error, sae: {name}, score: error_norm,
+         calibration: calib/error_norm.safetensors, target_fpr: 0.01, on_alarm: flag}}
   open: {{mode: enforce, clamps: [], monitors: []}}
 public_policies: [default, open]
 default_policy: default
@@ -91,8 +97,8 @@ def rebuild(
     """Train everything and write it to `folder`, or leave `folder` as it was.
 
     Args:
-        folder: Gets model/, saes/, policy.yaml, prompts.json and numbers.json; what
-            it held under these names is replaced.
+        folder: Gets model/, saes/, calib/, policy.yaml, prompts.json, numbers.json;
+            what it held under these names is replaced.
         seed: Of the model and the SAEs; the language itself never changes.
         recipe: How the model is trained.
         console: Where the progress bar is drawn.
@@ -117,6 +123,8 @@ def rebuild(
         choice = _build_clamp(model, tokenizer, seed, progress)
         _write_clamp(built, choice)
         _write_examples(built)
+        task = progress.add_task("Calibrating", total=num_batches())
+        calibrate(built, on_batch=functools.partial(progress.advance, task))
         task = progress.add_task("Measuring", total=None)
         numbers = measure(built) | _provenance(recipe, choice, seed)
         progress.update(task, total=1, completed=1)
@@ -257,12 +265,12 @@ def _replace(folder: Path, built: Path) -> None:
         entry.replace(old)
 
 
-def main() -> int:
-    """Rebuild from the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rebuild from the command line; its arguments are those of the process."""
     parser = argparse.ArgumentParser(description="Rebuild the demo organism.")
     parser.add_argument("folder", nargs="?", type=Path, default=ORGANISM)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     console = Console(stderr=True)
     transformers_logging.disable_progress_bar()
     try:

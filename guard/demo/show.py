@@ -173,9 +173,9 @@ def _serving(port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
 def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while server.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(urllib.error.URLError, OSError, ValueError):
-            with urllib.request.urlopen(f"{url}/guard/ready", timeout=10):
-                return
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{url}/guard/ready", timeout=10).close()
+            return
         time.sleep(0.5)
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
     message = f"The demo server did not start: {' '.join(tail) or 'no word from it'}"

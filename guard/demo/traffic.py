@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -26,15 +27,13 @@ if TYPE_CHECKING:
 
     from guard.sae.model import Sae
 
-__all__ = ["SCORES", "calibrate", "record_traffic"]
+__all__ = ["SCORES", "calibrate", "num_batches", "record_traffic"]
 
 SCORES = ("density", "error_norm")
 """Scores the demo's policy watches."""
 FITTING, HELD_OUT = 1000, 2000
 """Requests for the statistics, and others for the thresholds."""
 TRAFFIC_SEED = 5_000_000
-TOPICS: tuple[Split, ...] = ("train", "calibration")
-"""As broad as what an operator knows; the held-out topics are for judging."""
 LONGEST = 128
 """Tokens of the one bucket of total lengths; prompts and answers are shorter."""
 _BATCH = 100
@@ -56,10 +55,10 @@ def calibrate(
     policies = load_policy(folder / "policy.yaml")
     name = policies.policies[policies.default_policy].clamps[0].sae
     source = policies.saes[name]
-    requests = list(
-        record_traffic(folder, FITTING + HELD_OUT, seed=seed, on_batch=on_batch)
-    )
-    fitting, held_out = requests[:FITTING], requests[FITTING:]
+    # Thresholds from topics the statistics never saw: so they allow for new ones.
+    record = functools.partial(record_traffic, folder, seed=seed, on_batch=on_batch)
+    fitting = list(record(FITTING, split="train"))
+    held_out = list(record(HELD_OUT, split="calibration"))
     for score in SCORES:
         calibration = fit_calibration(
             score,
@@ -71,7 +70,7 @@ def calibrate(
                 "sae_sha256": source.sha256,
                 "model": "organism",
                 "prompts": f"guard.demo.grammar.benign_prompts, seed {seed}",
-                "topics": list(TOPICS),
+                "topics": {"fitting": "train", "held_out": "calibration"},
                 "fitting_requests": FITTING,
                 "dtype": "float32",
                 "torch": version("torch"),
@@ -87,17 +86,29 @@ def num_batches() -> int:
 
 
 def record_traffic(
-    folder: Path, count: int, *, seed: int, on_batch: Callable[[], object]
+    folder: Path,
+    count: int,
+    *,
+    seed: int,
+    split: Split,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Iterator[Activations]:
     """Yield what each benign request shows at the hook point, after the clamp.
 
     Answers are greedy, as in serving; the BOS and the last token, which no engine
     runs through the model, are left out.
+
+    Args:
+        folder: An organism.
+        count: Requests to draw.
+        seed: Of their prompts.
+        split: The topics they are about.
+        on_batch: Called after each batch of them.
     """
     model, tokenizer = load_model(folder)
     edit = policy_edit(folder)
     sae, layer = _load_clamped_sae(folder)
-    drawn = benign_prompts(count, seed=seed, splits=TOPICS)
+    drawn = benign_prompts(count, seed=seed, splits=(split,))
     texts = [prompt.text for prompt in drawn]
     for start in range(0, count, _BATCH):
         share = texts[start : start + _BATCH]

@@ -76,6 +76,10 @@ def _set_environment(policy: Path) -> None:
     plugins = os.environ.get("VLLM_PLUGINS")
     names = plugins.split(",") if plugins else []
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "guard"]))
+    # What a worker leaves when it is killed is cleaned up all the same, by a process
+    # whose warnings would stand below the one line that says what is wrong.
+    filters = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
     # V1 until the V2 adapter has passed on a GPU; GUARD_ALLOW_V2_RUNNER allows it.
     if "GUARD_ALLOW_V2_RUNNER" not in os.environ:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"

@@ -59,6 +59,8 @@ class StepRows:
         """
         self.step = step
         self.default_slot = default_slot
+        self.kv_group = 0
+        """Group of KV blocks beside which readings are kept; holds every position."""
         self._num_hooks = num_hooks
         self._requests: list[StepRequest] = []
         self._kv_slots: Tensor | None = None

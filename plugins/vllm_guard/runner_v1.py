@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from guard.errors import EngineError
 from vllm_guard import context
 from vllm_guard.patch import wrap
 from vllm_guard.readings import attach
@@ -52,7 +53,7 @@ def _prepare_inputs(
     result = original(runner, scheduler_output, num_scheduled_tokens)
     rows = context.get().rows
     if rows is not None:
-        table = runner.input_batch.block_table.block_tables[0]
+        table = runner.input_batch.block_table.block_tables[rows.kv_group]
         num_tokens = int(num_scheduled_tokens.sum())
         rows.begin(
             list_requests(runner, scheduler_output, num_scheduled_tokens, rows),
@@ -69,7 +70,7 @@ def list_requests(
 ) -> list[StepRequest]:
     """Read whose rows the coming step has, in their order."""
     batch = runner.input_batch
-    table = batch.block_table.block_tables[0]
+    table = batch.block_table.block_tables[rows.kv_group]
     admitted = {data.req_id for data in scheduler_output.scheduled_new_reqs}
     admitted |= set(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
     bos = runner.model_config.hf_text_config.bos_token_id
@@ -107,9 +108,35 @@ def initialize_kv_cache(
     result = original(runner, config, *args, **kwargs)
     rows = context.get().rows
     if rows is not None and config.kv_cache_groups:
-        block_size = config.kv_cache_groups[0].kv_cache_spec.block_size
+        with context.reporting():
+            rows.kv_group = find_kv_group(config)
+        block_size = config.kv_cache_groups[rows.kv_group].kv_cache_spec.block_size
         rows.allocate_column(config.num_blocks * block_size)
     return result
+
+
+def find_kv_group(config: Any) -> int:
+    """Return the first group of KV blocks that keeps every position of a request.
+
+    A sliding window gives blocks back, and a prefix found in the cache has none there:
+    its readings would be those of nobody.
+
+    Raises:
+        EngineError: There is no such group.
+    """
+    from vllm.v1.kv_cache_interface import KVCacheSpecKind as Kind
+    from vllm.v1.kv_cache_interface import get_kv_cache_spec_kind
+
+    whole = Kind.FULL_ATTENTION, Kind.MLA_ATTENTION, Kind.SINK_FULL_ATTENTION
+    kinds = [get_kv_cache_spec_kind(g.kv_cache_spec) for g in config.kv_cache_groups]
+    for index, kind in enumerate(kinds):
+        if kind in whole:
+            return index
+    message = (
+        f"The KV cache of this model keeps {', '.join(kinds)} only; expected full "
+        "attention somewhere, beside which readings can be kept."
+    )
+    raise EngineError(message)
 
 
 def dummy_run(

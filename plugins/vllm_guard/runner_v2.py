@@ -65,14 +65,14 @@ def _remember(scheduler_output: Any, rows: StepRows, bos: int | None) -> None:
             starts_with_bos=(
                 data.prompt_embeds is None and data.prefill_token_ids[0] == bos
             ),
-            block_ids=list(data.block_ids[0]),
+            block_ids=list(data.block_ids[rows.kv_group]),
         )
     cached = scheduler_output.scheduled_cached_reqs
     for request_id, new_block_ids in zip(
         cached.req_ids, cached.new_block_ids, strict=True
     ):
         if new_block_ids is not None:
-            _known[request_id].block_ids += new_block_ids[0]
+            _known[request_id].block_ids += new_block_ids[rows.kv_group]
 
 
 def _prepare_inputs(
@@ -85,8 +85,8 @@ def _prepare_inputs(
     batch = original(runner, scheduler_output, *args, **kwargs)
     rows = context.get().rows
     if rows is not None:
-        block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        requests, kv_slots = _list_requests(batch, block_size)
+        group = runner.kv_cache_config.kv_cache_groups[rows.kv_group]
+        requests, kv_slots = _list_requests(batch, group.kv_cache_spec.block_size)
         rows.begin(
             requests,
             kv_slots=torch.from_numpy(kv_slots).to(runner.device),

@@ -117,6 +117,7 @@ def _process_outputs(
 ) -> Any:
     board = _board()
     present = {}
+    refused: list[str] = []
     for output in outputs:
         progress = _detach(output)
         request = processor.request_states.get(output.request_id)
@@ -129,8 +130,13 @@ def _process_outputs(
             board.take(request, progress)
         elif output.new_token_ids or output.finish_reason is None:
             _refuse(output)
+            refused.append(output.request_id)
             board.metrics.count_error("engine")
+        if output.stop_reason == BLOCK_REASON:
+            _fill_prompt_logprobs(request)
     result = original(processor, outputs, *args, **kwargs)
+    # The engine core knows nothing of it, and would go on.
+    result.reqs_to_abort.extend(refused)
     for request_id, request in present.items():
         if request_id not in processor.request_states:
             board.finish(request)
@@ -156,6 +162,18 @@ def _refuse(output: Any) -> None:
     output.new_logprobs = None
     output.new_prompt_logprobs_tensors = None
     output.finish_reason = FinishReason.ERROR
+
+
+def _fill_prompt_logprobs(request: Any) -> None:
+    """Say "none" for each prompt token whose logprob a block held back.
+
+    Where a client asks for `echo`, vLLM expects one entry per token.
+    """
+    processor = request.logprobs_processor
+    known = processor.prompt_logprobs if processor is not None else None
+    if known:  # otherwise not asked for, or already sent
+        for _ in range(len(known), request.prompt_len):
+            known.append(None)
 
 
 def _abort_requests(

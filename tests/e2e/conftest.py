@@ -60,12 +60,12 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFac
 def toy_server(
     toy: Toy, tripwires: Tripwires, steps: StepRecord, start_server: ServerFactory
 ) -> Server:
-    """Serve the toy model under `TOY_POLICIES` and tripwires, compiled, small blocks."""
+    """Serve the toy under `TOY_POLICIES` and tripwires, compiled, in small blocks."""
     return start_server(
         toy.model,
         toy.write_policy("shared", tripwires.add_to(TOY_POLICIES)),
         *("--block-size", "32", "--enable-prompt-tokens-details"),
-        environment=steps.environment,
+        environment=steps.begin(),
     )
 
 

@@ -25,8 +25,9 @@ if is_on("unimportable") and not _IS_API_SERVER:
 def register() -> None:
     if is_on("unimportable"):
         return
-    from guard.pipeline import Guard
     from vllm_guard import engine, hook, runner_v1
+
+    from guard.pipeline import Guard
 
     switch(hook, "_hook_layer", fault="no-hooks")
     switch(Guard, "forward", fault="op-stops")

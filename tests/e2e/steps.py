@@ -58,14 +58,14 @@ class StepRecord:
 
     folder: Path
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Environment of a server whose steps are recorded."""
+    def begin(self) -> dict[str, str]:
+        """Write the recorder; return the environment of a server that it records."""
         source = _SITECUSTOMIZE.format(record=str(self.folder / "steps"))
         (self.folder / "sitecustomize.py").write_text(source, encoding="utf-8")
+        (self.folder / "steps").touch()
         return {"PYTHONPATH": str(self.folder)}
 
     def count_tokens(self) -> int:
-        """Return how many tokens the server has scheduled since its start."""
+        """Return how many tokens the server has scheduled since it began."""
         lines = (self.folder / "steps").read_text(encoding="ascii").split()
         return sum(int(line) for line in lines)

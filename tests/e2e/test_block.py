@@ -18,7 +18,8 @@ NEVER = " ".join(["w1"] * 60)
 COMMON_KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "streamed": {"stream": True},
-    "two choices": {"n": 2},
+    # vLLM refuses several choices at temperature 0.
+    "two choices": {"n": 2, "temperature": 0.01, "seed": 2},
     "two sampled choices": {"n": 2, "temperature": 1.0, "seed": 3},
     "two sampled streams": {"n": 2, "temperature": 1.0, "seed": 4, "stream": True},
     "prompt logprobs": {"prompt_logprobs": 2},
@@ -26,7 +27,7 @@ COMMON_KINDS: dict[str, dict[str, Any]] = {
     "ignored end": {"ignore_eos": True},
     "stop string": {"stop": [NEVER]},
     "streamed stop string": {"stop": [NEVER], "stream": True},
-    "regex": {"structured_outputs": {"regex": "(w1|w2|w3|w5|w8|w13)+"}},
+    "regex": {"structured_outputs": {"regex": "(w[0-9]*[02468])+"}},
     "JSON": {
         "response_format": {
             "type": "json_schema",
@@ -47,6 +48,7 @@ KINDS: dict[Route, dict[str, dict[str, Any]]] = {
         "logprobs": {"logprobs": 2},
         "streamed logprobs": {"logprobs": 2, "stream": True},
         "echo": {"echo": True, "logprobs": 2},
+        "streamed echo": {"echo": True, "logprobs": 2, "stream": True},
     },
     "chat/completions": COMMON_KINDS
     | {
@@ -54,6 +56,10 @@ KINDS: dict[Route, dict[str, dict[str, Any]]] = {
         "streamed logprobs": {"logprobs": True, "top_logprobs": 2, "stream": True},
     },
 }
+DRAFTED_KINDS = [
+    *("plain", "streamed", "two choices", "two sampled choices", "logprobs"),
+    *("streamed logprobs", "min tokens", "ignored end", "stop string", "regex", "JSON"),
+]
 CASES = [
     pytest.param(route, kind, id=f"{route}-{kind}")
     for route, kinds in KINDS.items()
@@ -61,35 +67,44 @@ CASES = [
 ]
 
 
-def expect_block(
-    tripwires: Tripwires, name: str, answer: Answer, unblocked: Answer
-) -> None:
-    """Hold what a client received against the same request where nothing acts."""
+def expect_block(tripwires: Tripwires, name: str, answer: Answer) -> None:
+    """Check that each choice ends with the token on which transformers alarms."""
     assert answer.status == 200, answer.body
     assert answer.is_done
     assert len(answer.guards) == 1
-    assert answer.choices.keys() == unblocked.choices.keys()
     prompt = tripwires.encode(tripwires.by_name[name].prompt)
     for index, choice in answer.choices.items():
-        tokens = unblocked.choices[index].token_ids
-        position = tripwires.alarm_position(name, prompt + tokens)
+        position = tripwires.alarm_position(name, prompt + choice.token_ids)
         assert position is not None
-        delivered = max(position + 1 - len(prompt), 0)
-        assert len(tokens) > delivered
-        assert choice.token_ids == tokens[:delivered]
-        assert choice.text.split() == tripwires.decode(tokens[:delivered]).split()
-        assert choice.logprobs == pytest.approx(
-            unblocked.choices[index].logprobs[:delivered], abs=1e-3
-        )
+        assert len(choice.token_ids) == max(position + 1 - len(prompt), 0)
+        text = tripwires.decode(choice.token_ids)
+        assert choice.text.split() == text.split()
         assert choice.finish_reason == "content_filter"
         verdict = answer.verdict(index)
         assert verdict["action"] == "block"
-        assert verdict["stage"] == ("output" if delivered else "prompt")
+        assert verdict["stage"] == ("prompt" if position < len(prompt) else "output")
         assert verdict["alarms"][0]["position"] == position
         assert verdict["tokens_seen"] == position + 1
-    assert answer.usage.get("completion_tokens", 0) == sum(
-        len(choice.token_ids) for choice in answer.choices.values()
-    )
+    delivered = sum(len(choice.token_ids) for choice in answer.choices.values())
+    assert answer.usage.get("completion_tokens", 0) == delivered
+
+
+def expect_beginning(blocked: Answer, unblocked: Answer) -> None:
+    """Check that a blocked answer is the beginning of the unblocked one."""
+    assert blocked.choices.keys() == unblocked.choices.keys()
+    for index, choice in blocked.choices.items():
+        whole = unblocked.choices[index]
+        delivered = len(choice.token_ids)
+        assert delivered < len(whole.token_ids)
+        assert choice.token_ids == whole.token_ids[:delivered]
+        # Under `echo` the prompt's come first, and none of a prompt that alarms.
+        echoed = max(len(whole.logprobs) - len(whole.token_ids), 0)
+        is_prompt = blocked.verdict(index)["stage"] == "prompt"
+        expected = [None] * echoed if is_prompt else whole.logprobs[:echoed]
+        expected += whole.logprobs[echoed : echoed + delivered]
+        # A stream says nothing at all about a choice without tokens.
+        if choice.logprobs or delivered:
+            assert choice.logprobs == pytest.approx(expected, abs=1e-3)
 
 
 def ask_both(
@@ -136,13 +151,13 @@ def test_nothing_at_or_after_an_alarm_is_delivered(
         toy_server, tripwires, name, route=route, fields=fields
     )
     assert unblocked.guard["action"] == "flag"
-    expect_block(tripwires, name, blocked, unblocked)
+    expect_block(tripwires, name, blocked)
+    expect_beginning(blocked, unblocked)
     if route == "chat/completions":
         assert all(choice.refusal for choice in blocked.choices.values())
     if blocked.guard["stage"] == "prompt":
-        assert not blocked.body["choices"][0].get("prompt_logprobs") if (
-            blocked.body
-        ) else True
+        for choice in blocked.body.get("choices", ()):
+            assert not any(choice.get("prompt_logprobs") or ())
 
 
 @pytest.mark.parametrize("name", [name for name in POSITIONS if name != "first-output"])
@@ -173,7 +188,8 @@ def test_a_score_that_is_not_a_number_blocks(
     toy_server: Server, tripwires: Tripwires
 ) -> None:
     blocked, unblocked = ask_both(toy_server, tripwires, "not-finite", fields={})
-    expect_block(tripwires, "not-finite", blocked, unblocked)
+    expect_block(tripwires, "not-finite", blocked)
+    expect_beginning(blocked, unblocked)
     assert blocked.guard["alarms"][0]["score"] is None
 
 
@@ -219,33 +235,28 @@ def test_a_blocked_prompt_is_blocked_again_from_cache(
 def test_a_neighbour_of_a_blocked_prompt_is_served(
     toy_server: Server, tripwires: Tripwires
 ) -> None:
-    bad = tripwires.by_name["last-prompt"].prompt
-    alone = ask(toy_server, "w7 w8 w9", "last-prompt-observed")
-    answer = ask(toy_server, [bad, "w7 w8 w9"], "last-prompt")  # type: ignore[arg-type]
-    position = tripwires.alarm_position(
-        "last-prompt", tripwires.encode("w7 w8 w9") + alone.choices[0].token_ids
-    )
+    bad, good = tripwires.by_name["last-prompt"].prompt, "w7 w8 w9"
+    alone = ask(toy_server, good, "last-prompt-observed").choices[0].token_ids
+    prompt = tripwires.encode(good)
+    position = tripwires.alarm_position("last-prompt", prompt + alone)
+    allowed = None if position is None else position + 1 - len(prompt)
+    answer = ask(toy_server, [bad, good], "last-prompt")
     assert answer.choices[0].token_ids == []
-    if position is None:
-        assert answer.choices[1].token_ids == alone.choices[0].token_ids
-    else:
-        assert answer.choices[1].token_ids != []
+    assert answer.choices[1].token_ids == alone[:allowed] != []
 
 
 @pytest.mark.parametrize("name", [*POSITIONS, "drafted", "not-finite"])
-@pytest.mark.parametrize(
-    "kind",
-    ["plain", "streamed", "two choices", "two sampled choices", "logprobs"]
-    + ["streamed logprobs", "min tokens", "ignored end", "stop string", "regex"]
-    + ["JSON"],
-)
+@pytest.mark.parametrize("kind", DRAFTED_KINDS)
 def test_drafts_carry_no_token_past_an_alarm(
     drafting_server: Server, tripwires: Tripwires, kind: str, name: str
 ) -> None:
     blocked, unblocked = ask_both(
         drafting_server, tripwires, name, fields=KINDS["completions"][kind]
     )
-    expect_block(tripwires, name, blocked, unblocked)
+    expect_block(tripwires, name, blocked)
+    # On CPUs, vLLM's draft sampling does not repeat itself for a given seed.
+    if "n" not in KINDS["completions"][kind]:
+        expect_beginning(blocked, unblocked)
 
 
 def test_the_drafted_alarm_lies_among_accepted_drafts(

@@ -1,12 +1,13 @@
 """A real Prometheus scrapes the guard and answers for it."""
 
 import json
+import re
 import shutil
 import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,8 @@ def query(
     prometheus_binary: str,
     toy_server: Server,
     tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> Callable[[str], dict[str, float]]:
-    """Run a Prometheus that scrapes the server; return how to ask it."""
+) -> Iterator[Callable[[str], dict[str, float]]]:
+    """Run a Prometheus that scrapes the server, and tell how to ask it."""
     config = tmp_path / "prometheus.yml"
     target = toy_server.url.removeprefix("http://")
     config.write_text(
@@ -58,7 +58,6 @@ def query(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    request.addfinalizer(lambda: stop(process))
 
     def ask(expression: str) -> dict[str, float]:
         words = urllib.parse.urlencode({"query": expression})
@@ -73,7 +72,8 @@ def query(
             for series in body["data"]["result"]
         }
 
-    return ask
+    yield ask
+    stop(process)
 
 
 def tokens_counted(server: Server) -> float:
@@ -108,8 +108,7 @@ def test_every_guard_metric_follows_the_conventions(
     if promtool is None:
         pytest.skip("no promtool on the PATH")
     lines = toy_server.get("/metrics").splitlines(keepends=True)
-    own = [line for line in lines if line.removeprefix("# HELP ").startswith("guard_")]
-    own += [line for line in lines if line.startswith("# TYPE guard_")]
+    own = [line for line in lines if re.match(r"(# (HELP|TYPE) )?guard_", line)]
     judged = subprocess.run(
         [promtool, "check", "metrics"],
         input="".join(own),

@@ -71,7 +71,7 @@ def _read_logprobs(logprobs: dict[str, Any]) -> list[float]:
 
 def ask(
     server: Server,
-    prompt: str | list[int],
+    prompt: str | list[str],
     policy: str | None = None,
     *,
     route: Route = "completions",
@@ -96,7 +96,7 @@ def ask(
 
 
 def request_body(
-    prompt: str | list[int],
+    prompt: str | list[str],
     policy: str | None = None,
     *,
     route: Route = "completions",

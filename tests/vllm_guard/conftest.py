@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm_guard import context
 
 from guard.calibration import Calibration, save_calibration
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
-from vllm_guard import context
 
 POLICY = """
 version: 1

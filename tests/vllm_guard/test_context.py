@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from vllm_guard import context
 
 from guard.errors import CalibrationError, EngineError, PolicyError
 from guard.request import TICKET_KEY, read_ticket
-from vllm_guard import context
 
 
 @pytest.mark.usefixtures("clean_process")

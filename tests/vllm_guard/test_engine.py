@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from guard.request import TICKET_KEY, Ticket, sign_ticket
 from vllm import SamplingParams
 from vllm.v1.engine import (
     EngineCoreOutput,
@@ -24,6 +22,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm_guard import context, engine
 from vllm_guard.readings import CARRIER_KEY, RequestReadings
 from vllm_guard.rows import SLOT_KEY
+
+from guard.request import TICKET_KEY, Ticket, sign_ticket
 
 OTHER_SECRET = b"x" * 32
 WATCHED = 2  # the column of the monitor in the policy of conftest.py
@@ -62,7 +62,8 @@ def admit(request: EngineCoreRequest, *, max_model_len: int = 64) -> engine.Watc
 def slot_written(request: EngineCoreRequest) -> int:
     assert request.sampling_params is not None
     assert request.sampling_params.extra_args is not None
-    return request.sampling_params.extra_args[SLOT_KEY]
+    slot: int = request.sampling_params.extra_args[SLOT_KEY]
+    return slot
 
 
 def test_a_valid_ticket_names_the_policy(state: context.Context) -> None:
@@ -131,7 +132,8 @@ def salt_of(
 ) -> str | None:
     request = make_request(ticket_for(policy, state.secret), salt=client, **values)
     admit(request)
-    return request.cache_salt
+    salt: str | None = request.cache_salt
+    return salt
 
 
 def test_a_prefix_is_shared_within_one_policy_and_one_client_salt_only(
@@ -243,7 +245,7 @@ def run_step(
     output.prompt_logprobs_dict["r"] = None
     clamped = np.full(len(scores), 0b01, dtype=np.int32)
     readings = RequestReadings(first, table, clamped, len(scores) - missed)
-    output.guard = {"r": readings}  # type: ignore[attr-defined]
+    output.guard = {"r": readings}
     scheduled = SimpleNamespace(
         num_scheduled_tokens={"r": len(scores)},
         scheduled_spec_decode_tokens={"r": [0] * drafts} if drafts else {},
@@ -265,12 +267,11 @@ def start(
 
 def verdict_of(output: EngineCoreOutput) -> dict[str, Any]:
     assert output.kv_transfer_params is not None
-    return output.kv_transfer_params[CARRIER_KEY]["verdict"]
+    verdict: dict[str, Any] = output.kv_transfer_params[CARRIER_KEY]["verdict"]
+    return verdict
 
 
-@settings(
-    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_token_sampled_at_or_after_an_alarm_leaves(
     state: context.Context, data: st.DataObject
@@ -279,7 +280,12 @@ def test_no_token_sampled_at_or_after_an_alarm_leaves(
     prompt_length = data.draw(st.integers(1, 6))
     alarm = data.draw(st.none() | st.integers(0, 10))
     poison = data.draw(st.sampled_from([1e9, math.nan, math.inf]))
-    scheduler, left, position, outputs = start(state, prompt_length=prompt_length), [], 0, []
+    scheduler, left, position, outputs = (
+        start(state, prompt_length=prompt_length),
+        [],
+        0,
+        [],
+    )
     while position < 11 and scheduler.requests:
         rest = prompt_length - position
         drafts, accepted = 0, 0
@@ -306,7 +312,7 @@ def test_no_token_sampled_at_or_after_an_alarm_leaves(
     assert left == [100 + p for p in range(prompt_length - 1, end)]
     is_blocked = alarm is not None and alarm < position
     assert bool(scheduler.requests) is not is_blocked
-    if is_blocked:
+    if alarm is not None and is_blocked:
         (output,) = outputs
         assert output.finish_reason is FinishReason.LENGTH
         assert output.stop_reason == engine.BLOCK_REASON

@@ -1,13 +1,20 @@
 """The custom op: what the compiler is told of it is true."""
 
 import torch
-from specimens import AT, D_MODEL, assert_same_bits, draw_rows, make_policy_file, make_sae
+from specimens import (
+    AT,
+    D_MODEL,
+    assert_same_bits,
+    draw_rows,
+    make_policy_file,
+    make_sae,
+)
+from vllm_guard import ops
 
 from guard.clamp import clamp_resid
 from guard.hook import HookPoint
 from guard.pipeline import Guard, StepBuffers, build_guards
 from guard.policy import Policy, Rule
-from vllm_guard import ops
 
 RULE = Rule(name="r", sae="a", latents=(0, 3), law="set", value=4.0)
 

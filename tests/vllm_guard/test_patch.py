@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
+from vllm_guard.patch import wrap
 
 from guard.errors import EngineError
-from vllm_guard.patch import wrap
 
 
 class Engine:

@@ -8,9 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
-from guard.pipeline import StepBuffers
-from guard.policy import MAX_RULES
 from vllm_guard.readings import StepReadings
 from vllm_guard.rows import (
     SLOT_KEY,
@@ -19,6 +16,9 @@ from vllm_guard.rows import (
     slot_of,
     slots_of_positions,
 )
+
+from guard.pipeline import StepBuffers
+from guard.policy import MAX_RULES
 
 BLOCK_SIZE, NUM_BLOCKS, NUM_HOOKS, DEFAULT = 4, 14, 2, 1
 

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-
-from guard.check import load_saes
-from guard.errors import EngineError
-from guard.pipeline import Guard, StepBuffers, build_guards
 from vllm.config import VllmConfig
 from vllm_guard import context, ops
 from vllm_guard.rows import StepRows
 from vllm_guard.selftest import check_canary, check_hooks_ran, check_stream
+
+from guard.check import load_saes
+from guard.errors import EngineError
+from guard.pipeline import Guard, StepBuffers, build_guards
 
 WIDTH = 16
 
@@ -38,13 +38,13 @@ def test_a_sound_clamp_passes_and_leaves_no_trace(
 
 
 @pytest.mark.parametrize(
-    ("table", "policy"), [("offset", "default"), ("gain", "research")]
+    ("table", "slot", "policy"), [("offset", 1, "default"), ("gain", 2, "research")]
 )
 def test_a_clamp_that_lost_a_rule_does_not_pass(
-    guard: Guard, state: context.Context, table: str, policy: str
+    guard: Guard, state: context.Context, table: str, slot: int, policy: str
 ) -> None:
     clamp = guard.dictionaries[0].clamp
-    getattr(clamp, table).fill_(1.0 if table == "gain" else 0.0)
+    getattr(clamp, table)[slot] = 1.0 if table == "gain" else 0.0
     with pytest.raises(EngineError, match=f"is off by .* under policy '{policy}'"):
         check_canary(guard, state.policy_file, dtype=torch.float32)
 
