@@ -275,7 +275,8 @@ def _observe(
         watched.fault = "unguarded"
         logger.error("A token passed the model without its hooks; the request ends.")
     else:
-        rejected = max(drafts + 1 - len(tokens), 0) if tokens and drafts else 0
+        wanted = _count_until_end(request, tokens)
+        rejected = max(drafts + 1 - wanted, 0) if tokens and drafts else 0
         accepted = len(readings.scores) - rejected
         _take_in(watched, readings, accepted)
     if not watched.is_blocked:
@@ -289,6 +290,20 @@ def _observe(
     if sampled:
         sampled[index] = tokens[:kept]
     model_runner_output.prompt_logprobs_dict.pop(request.request_id, None)
+
+
+def _count_until_end(request: Any, tokens: list[int]) -> int:
+    """Count sampled tokens up to the one with which vLLM ends the request.
+
+    Drafts may run past it: nobody receives those tokens, so no verdict covers them.
+    """
+    params = request.sampling_params
+    ends = {params.eos_token_id, *(params.stop_token_ids or ())}
+    room = request.max_tokens - request.num_output_tokens
+    for count, token in enumerate(tokens[:room], 1):
+        if token in ends:
+            return count
+    return min(len(tokens), room)
 
 
 def _take_in(watched: Watched, readings: RequestReadings, accepted: int) -> None:

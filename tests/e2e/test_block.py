@@ -193,18 +193,25 @@ def test_a_score_that_is_not_a_number_blocks(
     assert blocked.guard["alarms"][0]["score"] is None
 
 
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [("toy_server", "middle-output"), ("drafting_server", "drafted")],
+)
 def test_a_request_that_ends_before_its_alarm_is_not_blocked(
-    toy_server: Server, tripwires: Tripwires
+    request: pytest.FixtureRequest, tripwires: Tripwires, which: str, name: str
 ) -> None:
-    tripwire = tripwires.by_name["middle-output"]
-    prompt = tripwires.encode(tripwire.prompt)
-    assert tripwire.position is not None
-    # The last token is never fed back, so no score of it is ever known.
-    allowed = tripwire.position + 1 - len(prompt)
-    answer = ask(toy_server, tripwire.prompt, "middle-output", max_tokens=allowed)
-    assert answer.guard["action"] == "allow"
-    assert answer.choices[0].finish_reason == "length"
-    assert len(answer.choices[0].token_ids) == allowed
+    server: Server = request.getfixturevalue(which)
+    tripwire = tripwires.by_name[name]
+    # The last token is never fed back, so no score of it counts, not even where
+    # a longer draft had it computed.
+    allowed = tripwire.position + 1 - len(tripwires.encode(tripwire.prompt))
+    for max_tokens in range(1, allowed + 1):
+        answer = ask(server, tripwire.prompt, name, max_tokens=max_tokens)
+        assert answer.guard["action"] == "allow"
+        assert answer.choices[0].finish_reason == "length"
+        assert len(answer.choices[0].token_ids) == max_tokens
+        prompt_tokens = answer.usage["prompt_tokens"]
+        assert answer.guard["tokens_seen"] == prompt_tokens + max_tokens - 1
 
 
 def test_a_stop_string_before_the_alarm_ends_the_request_first(

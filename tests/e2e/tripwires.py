@@ -40,8 +40,8 @@ class Tripwire:
     """A place in a request, and the score that alarms there."""
 
     prompt: str
-    position: int | None
-    """Where it alarms in the greedy run; None where that depends on the tokens."""
+    position: int
+    """Where it alarms in the greedy run."""
     whitener: Tensor
     """`[d_model, num_directions]`"""
     threshold: float
