@@ -147,10 +147,7 @@ class Subject:
     def _receive(self, seconds: float) -> Any:
         try:
             if self._pipe.poll(seconds):
-                answer = self._pipe.recv()
-                if isinstance(answer, SubjectError):
-                    raise answer
-                return answer
+                return self._pipe.recv()
         except EOFError:
             pass
         tail = self.log.read_text("utf-8", errors="replace").splitlines()[-15:]

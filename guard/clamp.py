@@ -137,8 +137,11 @@ def clamp_resid(
         applies = holds[:, None] & (held != latents)
         change = torch.where(applies, held - latents, 0.0)
         directions = sae.directions(torch.tensor(rule.latents, device=resid.device))
-        delta += encoded.scale * (change @ directions)
-        clamped.append(applies.any(1))
+        touched = applies.any(1)
+        moved = encoded.scale * (change @ directions)
+        # An endless scale times no change at all would be NaN.
+        delta += torch.where(touched[:, None], moved, 0.0)
+        clamped.append(touched)
     empty = resid.new_zeros(len(resid), 0, dtype=torch.bool)
     return Clamped(
         resid=resid + delta,
@@ -264,12 +267,14 @@ class Clamp(nn.Module):
         change = self._change(encoded.latents, rows.slot, holds)
         delta = encoded.scale * (change @ self.sae.directions(self.columns))
         changed = change != 0  # NaN counts: it differs from 0
+        touched = changed.any(1)
         by_rule = torch.zeros(
             len(resid), MAX_RULES + 1, dtype=torch.int32, device=resid.device
         ).scatter_reduce_(1, self.rule_of[rows.slot], changed.int(), "amax")
         return ClampDelta(
-            delta=delta,
-            touched=changed.any(1),
+            # An endless scale times no change at all would be NaN.
+            delta=torch.where(touched[:, None], delta, 0.0),
+            touched=touched,
             clamped=self._pack(by_rule[:, :MAX_RULES]),
             fired=self._pack((fired & self.sticky[rows.slot]).int()),
         )

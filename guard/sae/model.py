@@ -9,6 +9,7 @@ All arithmetic is fp32; shapes depend on shapes only, never on values.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 from guard.sae.config import SaeConfig
@@ -17,6 +18,8 @@ __all__ = ["Encoded", "Sae", "SaeTensors"]
 
 _LAYER_NORM_EPS = 1e-5
 """Added to the deviation on the way in only, as SAELens does."""
+_SPARSE_FACTOR = 8
+"""How much rarer than all latents the active ones must be to be gathered."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -94,7 +97,8 @@ class Sae(nn.Module):
         acts = torch.addmm(self.b_enc, rows, self.W_enc)
         if self.config.k is not None:
             return Encoded(_keep(acts, _kth_largest(acts, self.config.k)), scale, shift)
-        return Encoded(torch.where(acts <= self.threshold, 0.0, acts), scale, shift)
+        # In place: at a prefill's size another copy costs more than the comparison.
+        return Encoded(acts.masked_fill_(acts <= self.threshold, 0.0), scale, shift)
 
     def encode_columns(self, resid: Tensor, columns: Tensor) -> Encoded:
         """Encode rows to a few latents, exactly as `encode` would.
@@ -117,7 +121,8 @@ class Sae(nn.Module):
         acts = torch.addmm(
             self.b_enc.index_select(0, columns),
             rows,
-            self.W_enc.index_select(1, columns),
+            # W_enc lies latent-major: through its transpose only these rows are read.
+            self.W_enc.t().index_select(0, columns).t(),
         )
         floor = self.threshold.index_select(0, columns)
         return Encoded(torch.where(acts <= floor, 0.0, acts), scale, shift)
@@ -132,8 +137,28 @@ class Sae(nn.Module):
         Returns:
             `[num_tokens, d_model]` in fp32, in the units of `resid`.
         """
-        rows = torch.addmm(self.b_dec, encoded.latents, self.W_dec)
+        latents = encoded.latents
+        if latents.is_cpu and (rows := self._decode_active(latents)) is not None:
+            return rows * encoded.scale + encoded.shift
+        rows = torch.addmm(self.b_dec, latents, self.W_dec)
         return rows * encoded.scale + encoded.shift
+
+    def _decode_active(self, latents: Tensor) -> Tensor | None:
+        """Decode from the active latents alone, where they are few.
+
+        Only on a CPU, where nothing is captured in a graph: the shapes follow values.
+        """
+        token, latent = latents.nonzero(as_tuple=True)
+        if len(token) * _SPARSE_FACTOR > latents.numel():
+            return None
+        counts = torch.bincount(token, minlength=len(latents))
+        return self.b_dec + F.embedding_bag(
+            latent,
+            self.W_dec,
+            counts.cumsum(0) - counts,
+            mode="sum",
+            per_sample_weights=latents[token, latent],
+        )
 
     def directions(self, columns: Tensor) -> Tensor:
         """Return what each latent writes, `W_dec[columns]`.

@@ -62,6 +62,10 @@ def check_engine(config: "VllmConfig") -> None:
             getattr(config.cache_config, "kv_sharing_fast_prefill", False)
         ),
         "sleep mode (--enable-sleep-mode)": config.model_config.enable_sleep_mode,
+        "asynchronous scheduling of drafts (--async-scheduling)": bool(
+            config.scheduler_config.async_scheduling
+            and config.speculative_config is not None
+        ),
         "pooling models (--runner pooling)": (
             config.model_config.runner_type == "pooling"
         ),

@@ -22,7 +22,6 @@ from guard.check import check_targets, load_calibrations
 from guard.errors import GuardError, PolicyError
 from guard.monitor import Column, list_columns
 from guard.policy import (
-    Policy,
     PolicyFile,
     file_fingerprint,
     fingerprint,
@@ -87,10 +86,6 @@ class Context:
     def slot(self, policy: str) -> int:
         """Return the slot of a policy; 0 is no policy at all."""
         return list(self.policy_file.policies).index(policy) + 1
-
-    def policy(self, slot: int) -> tuple[str, Policy]:
-        """Return name and content of the policy in a slot."""
-        return list(self.policy_file.policies.items())[slot - 1]
 
 
 _context: Context | None = None

@@ -10,11 +10,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from guard.monitor import Column, Watch
+from guard.policy import Policy
 from guard.request import TICKET_KEY, Ticket, Trace, read_ticket
 from guard.verdict import Verdict, decide, report
 from vllm_guard import compat, context
@@ -86,8 +87,8 @@ class Watched:
     """Columns without a threshold that the metrics show, by name."""
     observed: dict[str, float] = field(default_factory=dict)
     """Largest value of each of them so far."""
-    fault: str | None = None
-    """Why nothing more of it may leave, where no monitor said so."""
+    fault: Literal["unguarded", "unscored"] | None = None
+    """What was not seen of it: a token without its hooks, or a cached one's score."""
 
     def verdict(self) -> Verdict:
         """Return what was decided so far."""
@@ -122,13 +123,12 @@ class Watched:
     @property
     def is_blocked(self) -> bool:
         """Whether nothing more of it may leave."""
-        if self.fault is not None and _acts_on_faults():
+        policy_file = context.get().policy_file
+        if self.fault == "unguarded" and policy_file.on_error == "closed":
+            return True
+        if self.fault == "unscored" and policy_file.unscored == "block":
             return True
         return self.watch.block_position is not None
-
-
-def _acts_on_faults() -> bool:
-    return context.get().policy_file.on_error == "closed"
 
 
 def _preprocess_add_request(
@@ -168,12 +168,21 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
             for key, value in extra_args.items()
             if not key.startswith(_OWN_PREFIX)
         } | {SLOT_KEY: slot}
+        if _remembers(state.policy_file.policies[ticket.policy]):
+            # A prefix that a neighbour computes in the same step is known only after
+            # the op has clamped; until such admissions wait a step, none is shared.
+            params.skip_reading_prefix_cache = True
     request.cache_salt = context.cache_salt(
         state.fingerprints[ticket.policy], request.cache_salt
     )
     prompt_length = _prompt_length(request)
     wanted = prompt_length + ((params and params.max_tokens) or max_model_len)
     return _watch(ticket, prompt_length, total=min(wanted, max_model_len))
+
+
+def _remembers(policy: Policy) -> bool:
+    """Whether a clamp depends on what an earlier token of the request showed."""
+    return any(rule.when and rule.when.scope == "request" for rule in policy.clamps)
 
 
 def _prompt_length(request: Any) -> int:
@@ -273,7 +282,10 @@ def _observe(
     )
     if readings is None or readings.guarded < num_rows:
         watched.fault = "unguarded"
-        logger.error("A token passed the model without its hooks; the request ends.")
+        logger.error("A token passed the model without its hooks.")
+    elif readings.first > watched.watch.tokens_seen:
+        watched.fault = "unscored"
+        logger.error("A token was found in the cache without its scores.")
     else:
         wanted = _count_until_end(request, tokens)
         rejected = max(drafts + 1 - wanted, 0) if tokens and drafts else 0
@@ -290,6 +302,7 @@ def _observe(
     if sampled:
         sampled[index] = tokens[:kept]
     model_runner_output.prompt_logprobs_dict.pop(request.request_id, None)
+    model_runner_output.prompt_token_id_logprobs_dict.pop(request.request_id, None)
 
 
 def _count_until_end(request: Any, tokens: list[int]) -> int:

@@ -92,8 +92,6 @@ class StepRows:
             requests: In the order of their rows.
             kv_slots: KV slot of each row, on the device, `[num_tokens]`.
         """
-        # A dummy pass, between the steps of idle data-parallel ranks, leaves visits.
-        self.step.marks.zero_()
         self._requests = list(requests)
         self._kv_slots = kv_slots
         rows = self._host.numpy()
@@ -105,6 +103,8 @@ class StepRows:
             if request.starts_with_bos and request.first == 0:
                 share[0, 0] = 0
             row += request.num_rows
+        # A dummy pass, between the steps of idle data-parallel ranks, leaves visits.
+        self.step.marks[:row].zero_()
         self.step.rows_in[:row].copy_(self._host[:row], non_blocking=True)
 
     def _claim(self, request: StepRequest) -> int:
@@ -159,7 +159,7 @@ class StepRows:
                 request, host_scores[share], host_marks[share]
             )
             row += request.num_rows
-        self.clear()
+        self._forget(num_tokens)
         return readings
 
     def _read(
@@ -185,9 +185,13 @@ class StepRows:
 
     def clear(self) -> None:
         """Leave every row to nobody, as a pass without requests must find it."""
+        self._forget(0)
+        self.step.clear()
+
+    def _forget(self, num_tokens: int) -> None:
         self._requests = []
         self._kv_slots = None
-        self.step.clear()
+        self.step.rows_in[:num_tokens].zero_()
 
 
 def slot_of(params: Any, default: int) -> int:

@@ -29,9 +29,6 @@ class _Known:
     admitted: bool = True
 
 
-_known: dict[str, _Known] = {}
-
-
 def install() -> None:
     """Wrap admission, input preparation and sampling, as for the V1 runner."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -52,15 +49,19 @@ def _add_requests(
         # A step without tokens comes here too, though it prepares no inputs.
         rows.release(scheduler_output.finished_req_ids)
         rows.release(scheduler_output.preempted_req_ids or ())
-        _remember(scheduler_output, rows, bos)
+        if not hasattr(runner, "guard_known"):
+            runner.guard_known = {}
+        _remember(runner.guard_known, scheduler_output, rows, bos)
     return original(runner, scheduler_output)
 
 
-def _remember(scheduler_output: Any, rows: StepRows, bos: int | None) -> None:
+def _remember(
+    known: dict[str, _Known], scheduler_output: Any, rows: StepRows, bos: int | None
+) -> None:
     for request_id in scheduler_output.finished_req_ids:
-        _known.pop(request_id, None)
+        known.pop(request_id, None)
     for data in scheduler_output.scheduled_new_reqs:
-        _known[data.req_id] = _Known(
+        known[data.req_id] = _Known(
             slot=slot_of(data.sampling_params, rows.default_slot),
             starts_with_bos=(
                 data.prompt_embeds is None and data.prefill_token_ids[0] == bos
@@ -72,7 +73,7 @@ def _remember(scheduler_output: Any, rows: StepRows, bos: int | None) -> None:
         cached.req_ids, cached.new_block_ids, strict=True
     ):
         if new_block_ids is not None:
-            _known[request_id].block_ids += new_block_ids[rows.kv_group]
+            known[request_id].block_ids += new_block_ids[rows.kv_group]
 
 
 def _prepare_inputs(
@@ -86,7 +87,9 @@ def _prepare_inputs(
     rows = context.get().rows
     if rows is not None:
         group = runner.kv_cache_config.kv_cache_groups[rows.kv_group]
-        requests, kv_slots = _list_requests(batch, group.kv_cache_spec.block_size)
+        requests, kv_slots = _list_requests(
+            runner.guard_known, batch, group.kv_cache_spec.block_size
+        )
         rows.begin(
             requests,
             kv_slots=torch.from_numpy(kv_slots).to(runner.device),
@@ -95,12 +98,12 @@ def _prepare_inputs(
 
 
 def _list_requests(
-    batch: Any, block_size: int
+    known_requests: dict[str, _Known], batch: Any, block_size: int
 ) -> tuple[list[StepRequest], npt.NDArray[np.int64]]:
     """Read whose rows the step has, and their KV slots, from an `InputBatch`."""
     requests, kv_slots = [], []
     for index, request_id in enumerate(batch.req_ids):
-        known = _known[request_id]
+        known = known_requests[request_id]
         first = int(batch.num_computed_tokens_np[index])
         num_rows = int(batch.num_scheduled_tokens[index])
         blocks = np.array(known.block_ids, dtype=np.int64)

@@ -147,17 +147,17 @@ def check_canary(guard: Guard, policy_file: PolicyFile, *, dtype: torch.dtype) -
 
 
 def _make_canary(guard: Guard) -> Tensor:
-    """Return rows in which latents are active, `[_ROWS, d_model]`."""
+    """Return rows in which the latents that matter are active, `[_ROWS, d_model]`."""
     rows = []
     for part in guard.dictionaries:
-        sae = part.sae
-        latents = part.clamp.columns
-        if not len(latents):
-            latents = torch.arange(1, device=sae.W_dec.device)
+        sae, latents = part.sae, part.clamp.columns
         generator = torch.Generator().manual_seed(0)
         weights = torch.rand(_ROWS, len(latents), generator=generator)
-        strength = 4.0 * weights.to(sae.W_dec.device)
-        rows.append(sae.b_dec + strength @ sae.directions(latents))
+        directions = sae.directions(latents)
+        gain = (directions * sae.W_enc[:, latents].T).sum(1).abs().clamp(min=1e-3)
+        reach = (sae.threshold[latents] - sae.b_enc[latents]).clamp(min=0) + 1.0
+        strength = 2.0 * weights.to(gain.device) * reach / gain
+        rows.append(sae.b_dec + strength @ directions)
     return torch.stack(rows).sum(0)
 
 

@@ -213,8 +213,11 @@ policies:
     monitors:
       - {name: recovery, sae: s, score: density, calibration: density.safetensors,
          target_fpr: 0.01, on_alarm: flag}
+  held:
+    clamps:
+      - {name: hold, sae: s, latents: [1, 2], law: ablate}
   open: {}
   staff: {mode: observe}
 default_policy: default
-public_policies: [default, open]
+public_policies: [default, held, open]
 """

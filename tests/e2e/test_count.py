@@ -11,7 +11,15 @@ from e2e.steps import StepRecord
 from e2e.tripwires import LONG_PROMPT
 from e2e.wire import ask, read_events, request_body
 
-POLICIES = ["default", "open", "middle-output", "cached", "cached-observed", None]
+POLICIES = [
+    "default",
+    "held",
+    "open",
+    "middle-output",
+    "cached",
+    "cached-observed",
+    None,
+]
 WANTED_TOKENS = 10_000
 
 

@@ -80,8 +80,6 @@ def test_a_calibration_that_is_too_small_stops_the_start(
 
 def test_slots_are_counted_from_one_in_file_order(state: context.Context) -> None:
     assert [state.slot(name) for name in ("default", "research", "open")] == [1, 2, 3]
-    for slot, name in enumerate(state.policy_file.policies, start=1):
-        assert state.policy(slot) == (name, state.policy_file.policies[name])
 
 
 def test_a_fault_is_left_where_the_launcher_finds_it(

@@ -207,6 +207,9 @@ class FakeRequest:
         self.num_prompt_tokens = prompt_length
         self.prompt_token_ids = [1] * prompt_length
         self.prompt_embeds = None
+        self.sampling_params = SamplingParams(max_tokens=64)
+        self.max_tokens = 64
+        self.num_output_tokens = 0
 
     def is_finished(self) -> bool:
         return self.finished

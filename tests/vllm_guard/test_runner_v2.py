@@ -1,7 +1,6 @@
 """The adapter to vLLM's second model runner, which no CPU can run."""
 
 import inspect
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,14 +22,13 @@ RUNNER = SimpleNamespace(
 
 
 @pytest.fixture
-def rows(state: context.Context) -> Iterator[StepRows]:
+def rows(state: context.Context) -> StepRows:
     """The row map of this process, on buffers for two requests and 16 blocks."""
     step = StepBuffers(max_tokens=32, max_requests=2, num_columns=len(state.columns))
     state.rows = StepRows(step, num_hooks=1, default_slot=1)
     state.rows.allocate_column(16 * BLOCK_SIZE)
-    runner_v2._known.clear()
-    yield state.rows
-    runner_v2._known.clear()
+    RUNNER.guard_known = {}
+    return state.rows
 
 
 def make_data(name: str, tokens: list[int], blocks: list[int], **values: Any) -> Any:
@@ -124,7 +122,7 @@ def test_places_are_freed_by_steps_without_tokens_too(rows: StepRows) -> None:
         run_step(new=[make_data(name, [5], [number])], rows_of={name: (0, 1)})
         compute(rows, [1.0])
         run_step(rows_of={}, finished_req_ids={name})
-    assert not runner_v2._known
+    assert not RUNNER.guard_known
 
 
 def test_a_prompt_of_embeddings_has_no_bos(rows: StepRows) -> None:
