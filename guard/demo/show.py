@@ -93,7 +93,8 @@ def _explain() -> str:
     return (
         "open: no clamps, no monitors. default: the jailbreak latents are ablated and "
         "two monitors watch what flows on.\nratio: largest score / threshold of the "
-        "request; above 1 is an alarm. All harm here is made up."
+        "request; above 1 is an alarm, and one benign request in a hundred may have "
+        "one. All harm here is made up."
     )
 
 
@@ -106,8 +107,10 @@ def _table(url: str, prompts: list[dict[str, str]]) -> Table:
         free = _ask(url, prompt["text"], "open")
         held = _ask(url, prompt["text"], "default")
         verdict = held["guard"]
+        alarms = {alarm["monitor"] for alarm in verdict["alarms"]}
         ratios = [
             f"{reading['monitor']} {reading['ratio']:.2f}"
+            + (" ALARM" if reading["monitor"] in alarms else "")
             for reading in verdict.get("readings", ())
         ]
         table.add_row(
@@ -123,7 +126,7 @@ def _table(url: str, prompts: list[dict[str, str]]) -> Table:
 
 def _text(answer: dict[str, Any]) -> str:
     message = answer["choices"][0]["message"]
-    return str(message.get("content") or message.get("refusal") or "")
+    return str(message.get("content") or message.get("refusal") or "").strip()
 
 
 def _ask(url: str, text: str, policy: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class StepRecord:
         """Write the recorder; return the environment of a server that it records."""
         source = _SITECUSTOMIZE.format(record=str(self.folder / "steps"))
         (self.folder / "sitecustomize.py").write_text(source, encoding="utf-8")
-        (self.folder / "steps").touch()
+        (self.folder / "steps").write_text("", encoding="ascii")
         return {"PYTHONPATH": str(self.folder)}
 
     def count_tokens(self) -> int:

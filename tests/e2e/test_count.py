@@ -92,6 +92,15 @@ def test_a_cached_prefix_is_not_counted_again(
     assert count_guarded(toy_server) - counted == 132 - 128
 
 
+def test_chunks_of_a_prompt_count_though_their_steps_answer_nobody(
+    drafting_server: Server,
+) -> None:
+    before = count_guarded(drafting_server)
+    answer = ask(drafting_server, "w97 " + LONG_PROMPT, "open", max_tokens=1)
+    assert answer.usage["prompt_tokens"] == 132
+    assert count_guarded(drafting_server) - before == 132
+
+
 def test_prompt_and_output_are_counted_apart(toy_server: Server) -> None:
     before = toy_server.metrics()
     ask(toy_server, "w98 w97 w96", "open", max_tokens=6, ignore_eos=True)

@@ -63,7 +63,9 @@ def prompt_ids() -> list[list[int]]:
     ]
 
 
-def refer(prompt_ids: list[list[int]], dtype: torch.dtype, name: str) -> list[Reference]:
+def refer(
+    prompt_ids: list[list[int]], dtype: torch.dtype, name: str
+) -> list[Reference]:
     """Answer every prompt greedily under a policy, one at a time."""
     model, tokenizer = load_model(ORGANISM)
     model = model.to(dtype)
@@ -192,7 +194,9 @@ def test_fp32_logprobs_agree(exact: tuple[list[Generation], list[Reference]]) ->
 def test_fp32_readings_agree(exact: tuple[list[Generation], list[Reference]]) -> None:
     for ours, theirs in zip(*exact, strict=True):
         assert ours.guard is not None
-        readings = {entry["monitor"]: entry["score"] for entry in ours.guard["readings"]}
+        readings = {
+            entry["monitor"]: entry["score"] for entry in ours.guard["readings"]
+        }
         assert readings == pytest.approx(theirs.scores, rel=READING_TOLERANCE)
 
 
@@ -204,7 +208,7 @@ def test_fp32_clamps_where_the_reference_does(
     assert any(sum(ours.guard["clamped_tokens"].values()) for ours in suppressed)
 
 
-def test_the_guard_adds_nothing_to_the_bf16_gap(
+def test_the_guard_widens_the_bf16_gap_by_a_quarter_at_most(
     prompt_ids: list[list[int]], policy_file: Path
 ) -> None:
     guarded = differences(
@@ -220,5 +224,6 @@ def test_the_guard_adds_nothing_to_the_bf16_gap(
         for name, gaps in (("guarded", guarded), ("unguarded", unguarded))
     }
     print(shown)  # noqa: T201 - the numbers behind the verdict
-    # Each is a sample of rounding noise: a quantile of one may exceed the other's.
+    # A latent next to its threshold flips with the noise that reaches it, and the
+    # clamp follows: some widening is the clamp's own, on either engine.
     assert np.quantile(guarded, 0.99) <= 1.25 * np.quantile(unguarded, 0.99), shown
