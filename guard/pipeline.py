@@ -125,6 +125,7 @@ class Guard(nn.Module):
         self.clamps = nn.ModuleList(part.clamp for part in dictionaries)
         self.monitors = nn.ModuleList(part.monitor for part in dictionaries)
         self.has_clamps = any(len(part.clamp.columns) for part in dictionaries)
+        self.has_monitors = any(part.seen is not None for part in dictionaries)
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Clamp the rows in place, score what flows on, and leave the readings.
@@ -137,7 +138,8 @@ class Guard(nn.Module):
         rows = self.step.rows(len(hidden_states))
         if self.has_clamps:
             self._clamp(hidden_states, residual, rows)
-        self._monitor(read_resid(hidden_states, residual), rows)
+        if self.has_monitors:
+            self._monitor(read_resid(hidden_states, residual), rows)
         self.step.marks_of(len(hidden_states)).visits.add_(1)
 
     def _clamp(
