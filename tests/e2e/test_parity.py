@@ -148,19 +148,34 @@ def serve(
     return run_offline(job, policy_file.parent)
 
 
-def differences(
-    served: list[Generation], referred: list[Reference]
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+Gaps = list[np.ndarray[tuple[int], np.dtype[np.float64]]]
+"""|d logprob| of the tokens of each prompt."""
+
+
+def differences(served: list[Generation], referred: list[Reference]) -> Gaps:
     """Return |d logprob| of every token both chose, prompts included."""
-    found: list[float] = []
+    found = []
     for ours, theirs in zip(served, referred, strict=True):
         pairs = list(zip(ours.prompt_logprobs, theirs.prompt_logprobs, strict=True))
         for step, token in enumerate(ours.tokens[: len(theirs.tokens)]):
             if token != theirs.tokens[step]:
                 break
             pairs.append((ours.logprobs[step], theirs.logprobs[step]))
-        found += [abs(a - b) for a, b in pairs]
-    return np.array(found)
+        found.append(np.array([abs(a - b) for a, b in pairs]))
+    return found
+
+
+def bootstrap_ratio(above: Gaps, below: Gaps, quantile: float) -> list[float]:
+    """Return a 95 % interval of the ratio of two quantiles, over prompts."""
+    generator = np.random.default_rng(0)
+    ratios = []
+    for _ in range(1000):
+        drawn = generator.integers(len(above), size=len(above))
+        ratios.append(
+            np.quantile(np.concatenate([above[i] for i in drawn]), quantile)
+            / np.quantile(np.concatenate([below[i] for i in drawn]), quantile)
+        )
+    return [float(bound) for bound in np.quantile(ratios, (0.025, 0.975))]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +201,7 @@ def test_fp32_chooses_the_same_greedy_tokens(
 
 
 def test_fp32_logprobs_agree(exact: tuple[list[Generation], list[Reference]]) -> None:
-    gaps = differences(*exact)
+    gaps = np.concatenate(differences(*exact))
     assert len(gaps) > 4000
     assert gaps.max() < LOGPROB_TOLERANCE
 
@@ -208,7 +223,7 @@ def test_fp32_clamps_where_the_reference_does(
     assert any(sum(ours.guard["clamped_tokens"].values()) for ours in suppressed)
 
 
-def test_the_guard_widens_the_bf16_gap_by_a_quarter_at_most(
+def test_the_bf16_gap_is_no_larger_than_without_the_guard(
     prompt_ids: list[list[int]], policy_file: Path
 ) -> None:
     guarded = differences(
@@ -219,11 +234,15 @@ def test_the_guard_widens_the_bf16_gap_by_a_quarter_at_most(
         serve(prompt_ids, "bfloat16", None, policy_file),
         refer(prompt_ids, torch.bfloat16, "open"),
     )
-    shown = {
-        name: [float(np.quantile(gaps, q)) for q in (0.5, 0.99, 1.0)]
-        for name, gaps in (("guarded", guarded), ("unguarded", unguarded))
+    every = {"guarded": guarded, "unguarded": unguarded}
+    shown: dict[str, list[float]] = {
+        name: np.quantile(np.concatenate(gaps), (0.5, 0.99, 1.0)).tolist()
+        for name, gaps in every.items()
     }
+    for quantile in (0.5, 0.99):
+        shown[f"ratio at {quantile}"] = bootstrap_ratio(guarded, unguarded, quantile)
     print(shown)  # noqa: T201 - the numbers behind the verdict
     # A latent next to its threshold flips with the noise that reaches it, and the
-    # clamp follows: some widening is the clamp's own, on either engine.
-    assert np.quantile(guarded, 0.99) <= 1.25 * np.quantile(unguarded, 0.99), shown
+    # clamp follows, on either engine: so the largest gaps may be larger.
+    assert shown["ratio at 0.5"][0] <= 1, shown
+    assert shown["ratio at 0.99"][0] <= 1, shown
