@@ -285,6 +285,8 @@ def _observe(
         logger.error("A token passed the model without its hooks.")
     elif readings.first > watched.watch.tokens_seen:
         watched.fault = "unscored"
+        gap = readings.first - watched.watch.tokens_seen
+        context.get().uncounted["unscored"] += gap
         logger.error("A token was found in the cache without its scores.")
     else:
         wanted = _count_until_end(request, tokens)

@@ -75,6 +75,8 @@ class Board:
         if counted.get("unguarded"):
             self.metrics.count_unscored("no_reading", counted["unguarded"])
             self.metrics.count_error("worker")
+        if counted.get("unscored"):
+            self.metrics.count_unscored("no_score", counted["unscored"])
 
     def finish(self, request: Any) -> None:
         """Count a request that is over, if the engine ever spoke of it."""

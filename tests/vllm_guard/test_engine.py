@@ -361,6 +361,17 @@ def test_a_token_that_missed_its_hooks_ends_the_request() -> None:
 
 
 @pytest.mark.usefixtures("state")
+def test_a_cached_token_without_its_scores_ends_the_request() -> None:
+    scheduler = start(context.get(), prompt_length=4)
+    (output,) = run_step(scheduler, [1.0], first=3, tokens=[7])
+    assert output.new_token_ids == []
+    verdict = verdict_of(output)
+    assert (verdict["action"], verdict["reason"]) == ("block", "unscored")
+    counted = output.kv_transfer_params["guard"]["counted"]
+    assert counted["unscored"] == 3
+
+
+@pytest.mark.usefixtures("state")
 def test_a_step_without_any_readings_ends_its_requests() -> None:
     scheduler = start(context.get(), prompt_length=2)
     output = ModelRunnerOutput(["r"], {"r": 0}, [[7]])
