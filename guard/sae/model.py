@@ -138,15 +138,17 @@ class Sae(nn.Module):
             `[num_tokens, d_model]` in fp32, in the units of `resid`.
         """
         latents = encoded.latents
-        if latents.is_cpu and (rows := self._decode_active(latents)) is not None:
-            return rows * encoded.scale + encoded.shift
-        rows = torch.addmm(self.b_dec, latents, self.W_dec)
+        rows = None
+        if latents.is_cpu and not torch.compiler.is_compiling():
+            rows = self._decode_active(latents)
+        if rows is None:
+            rows = torch.addmm(self.b_dec, latents, self.W_dec)
         return rows * encoded.scale + encoded.shift
 
     def _decode_active(self, latents: Tensor) -> Tensor | None:
         """Decode from the active latents alone, where they are few.
 
-        Only on a CPU, where nothing is captured in a graph: the shapes follow values.
+        Only on a CPU and untraced, where nothing is captured: the shapes follow values.
         """
         token, latent = latents.nonzero(as_tuple=True)
         if len(token) * _SPARSE_FACTOR > latents.numel():

@@ -4,6 +4,7 @@ Both run the organism on the same 200 prompts: the engine compiled and batched, 
 other one request at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,7 +153,9 @@ Gaps = list[np.ndarray[tuple[int], np.dtype[np.float64]]]
 """|d logprob| of the tokens of each prompt."""
 
 
-def differences(served: list[Generation], referred: list[Reference]) -> Gaps:
+def differences(
+    served: Sequence[Generation | Reference], referred: Sequence[Reference]
+) -> Gaps:
     """Return |d logprob| of every token both chose, prompts included."""
     found = []
     for ours, theirs in zip(served, referred, strict=True):
@@ -223,26 +226,37 @@ def test_fp32_clamps_where_the_reference_does(
     assert any(sum(ours.guard["clamped_tokens"].values()) for ours in suppressed)
 
 
-def test_the_bf16_gap_is_no_larger_than_without_the_guard(
-    prompt_ids: list[list[int]], policy_file: Path
+def test_the_bf16_gap_grows_no_more_than_the_clamp_alone_makes_it(
+    prompt_ids: list[list[int]],
+    policy_file: Path,
+    exact: tuple[list[Generation], list[Reference]],
 ) -> None:
+    """Hold the guarded gap against the unguarded one between the same two engines.
+
+    A clamped stream answers rounding more strongly, whoever clamps it: transformers in
+    bf16 against itself in fp32 shows by how much, and the guard may add nothing to it.
+    """
+    rough = {p: refer(prompt_ids, torch.bfloat16, p) for p in ("default", "open")}
     guarded = differences(
-        serve(prompt_ids, "bfloat16", "default", policy_file),
-        refer(prompt_ids, torch.bfloat16, "default"),
+        serve(prompt_ids, "bfloat16", "default", policy_file), rough["default"]
     )
     unguarded = differences(
-        serve(prompt_ids, "bfloat16", None, policy_file),
-        refer(prompt_ids, torch.bfloat16, "open"),
+        serve(prompt_ids, "bfloat16", None, policy_file), rough["open"]
     )
-    every = {"guarded": guarded, "unguarded": unguarded}
-    shown: dict[str, list[float]] = {
+    clamped = differences(rough["default"], exact[1])
+    free = differences(rough["open"], refer(prompt_ids, torch.float32, "open"))
+    shown = {
         name: np.quantile(np.concatenate(gaps), (0.5, 0.99, 1.0)).tolist()
-        for name, gaps in every.items()
+        for name, gaps in {
+            "engines, guarded": guarded,
+            "engines, unguarded": unguarded,
+            "transformers, clamped": clamped,
+            "transformers, free": free,
+        }.items()
     }
-    for quantile in (0.5, 0.99):
-        shown[f"ratio at {quantile}"] = bootstrap_ratio(guarded, unguarded, quantile)
+    growth = bootstrap_ratio(guarded, unguarded, 0.99)
+    own = bootstrap_ratio(clamped, free, 0.99)
+    shown |= {"growth at .99": growth, "of the clamp alone": own}
     print(shown)  # noqa: T201 - the numbers behind the verdict
-    # A latent next to its threshold flips with the noise that reaches it, and the
-    # clamp follows, on either engine: so the largest gaps may be larger.
-    assert shown["ratio at 0.5"][0] <= 1, shown
-    assert shown["ratio at 0.99"][0] <= 1, shown
+    assert growth[0] <= own[1], shown
+    assert growth[1] <= 1.25 * own[1], shown
