@@ -32,6 +32,7 @@ _RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 _ERROR = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0)
 _ACTIVATION = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _POSITION = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
+_SECONDS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 _CEILING = 1e6
 
 
@@ -78,6 +79,10 @@ class Metrics:
     def observe_clamp_residual(self, activation: float) -> None:
         """Take in the activation that clamped latents still have when re-encoded."""
         self._clamp_residual.observe(_bound(activation))
+
+    def observe_hook(self, seconds: float) -> None:
+        """Take in how long a sampled call of a hook took."""
+        self._hook_seconds.observe(seconds)
 
     def observe_progress(self, before: "Verdict | None", now: "Verdict") -> None:
         """Count what a verdict adds to the one before it for the same choice."""
@@ -166,6 +171,13 @@ class Metrics:
             "guard_clamp_residual_activation",
             "Activation that clamped latents still have when encoded again.",
             buckets=_ACTIVATION,
+            registry=registry,
+        )
+
+        self._hook_seconds = Histogram(
+            "guard_hook_seconds",
+            "Sampled time of one hook over the rows of a step, on the host's clock.",
+            buckets=_SECONDS,
             registry=registry,
         )
 

@@ -160,6 +160,13 @@ def test_tokens_errors_and_unscored_tokens_are_counted(metrics, registry):
     assert value("guard_clamp_residual_activation_count") == 1.0
 
 
+def test_a_timed_hook_is_observed(metrics, registry):
+    metrics.observe_hook(2e-4)
+    assert registry.get_sample_value("guard_hook_seconds_count") == 1.0
+    bucket = registry.get_sample_value("guard_hook_seconds_bucket", {"le": "0.0003"})
+    assert bucket == 1.0
+
+
 def test_no_series_carries_a_request_id(metrics, registry):
     metrics.finish(make_verdict("block", alarms=(BLOCK_ALARM,)), {})
     assert b'"id"' not in generate_latest(registry)

@@ -82,6 +82,8 @@ class Context:
     """Where outputs are processed: verdicts and metrics."""
     uncounted: Counter[str] = field(default_factory=Counter)
     """In the engine core: tokens and errors not yet told to an API server."""
+    hook_seconds: list[float] = field(default_factory=list)
+    """In the engine core: timed calls of hooks not yet told either."""
 
     def slot(self, policy: str) -> int:
         """Return the slot of a policy; 0 is no policy at all."""

@@ -234,6 +234,8 @@ def _update_from_output(
         and not request.is_finished()
     }
     _count_step(scheduler, scheduler_output, readings)
+    seconds = getattr(model_runner_output, "guard_seconds", [])
+    context.get().hook_seconds.extend(seconds)
     for request_id, request in requests.items():
         _observe(
             request, readings.get(request_id), scheduler_output, model_runner_output
@@ -373,8 +375,10 @@ def _tell(output: Any, watched: Watched) -> None:
         ratios={reading.monitor: reading.ratio for reading in watched.watch.readings()},
         observed=watched.observed,
         counted=dict(state.uncounted),
+        hook_seconds=list(state.hook_seconds),
     )
     state.uncounted.clear()
+    state.hook_seconds.clear()
     output.kv_transfer_params = {
         **(output.kv_transfer_params or {}),
         CARRIER_KEY: progress._asdict(),

@@ -47,12 +47,15 @@ class Progress(NamedTuple):
     """Largest value so far of what has no threshold, by name."""
     counted: dict[str, int]
     """Tokens and errors of this engine not told before, by kind."""
+    hook_seconds: list[float]
+    """Sampled calls of its hooks not told before."""
 
 
-def attach(output: Any, readings: StepReadings) -> None:
+def attach(output: Any, readings: StepReadings, seconds: list[float]) -> None:
     """Let a model runner's output carry the readings of its step.
 
     Asynchronous outputs wrap the one that is sent to the engine core.
     """
     inner = getattr(output, "_model_runner_output", output)
     inner.guard = readings
+    inner.guard_seconds = seconds

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from guard.errors import EngineError
-from vllm_guard import context
+from vllm_guard import context, ops
 from vllm_guard.patch import wrap
 from vllm_guard.readings import attach
 from vllm_guard.rows import StepRequest, StepRows, slot_of, slots_of_positions
@@ -157,5 +157,5 @@ def sample_tokens(
     output = original(runner, *args, **kwargs)
     rows = context.get().rows
     if ran and rows is not None:
-        attach(output, rows.finish())
+        attach(output, rows.finish(), ops.take_seconds())
     return output

@@ -125,6 +125,8 @@ def _process_outputs(
         request = processor.request_states.get(output.request_id)
         if progress is not None:
             board.count(progress.counted)
+            for seconds in progress.hook_seconds:
+                board.metrics.observe_hook(seconds)
         if request is None:
             continue
         present[output.request_id] = request

@@ -163,3 +163,15 @@ def test_a_clamp_counts_the_tokens_that_a_client_reads_of(toy_server: Server) ->
     clamped = answer.guard["clamped_tokens"]["hold"]  # type: ignore[attr-defined]
     assert clamped > 0
     assert toy_server.metrics()[series] == before + clamped
+
+
+def test_the_time_of_a_hook_is_sampled(toy_server: Server) -> None:
+    toy_server.client.completions.create(
+        model="model",
+        prompt="w1 w2",
+        max_tokens=140,
+        extra_body={"ignore_eos": True},
+    )
+    samples = toy_server.metrics()
+    assert samples["guard_hook_seconds_count"] >= 2
+    assert 0 < samples["guard_hook_seconds_sum"] < 60
