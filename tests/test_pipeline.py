@@ -175,15 +175,19 @@ def test_a_row_that_is_not_finite_hurts_no_other_request(
             assert not now.hidden_states[row].isfinite().all()
 
 
-def test_a_condition_of_the_request_holds_from_where_it_was_met_on() -> None:
-    when = When(latents=(5,), above=0.5, scope="request")
+def build_watching(when: When) -> tuple[Guard, Tensor, Tensor]:
+    """Return a guard whose one rule waits for latent 5, rows, and that latent."""
     policy_file = make_policy_file(
         {"p": Policy(clamps=(hold("r", when=when),))}, saes={"a": AT}
     )
     sae = make_sae("standard")
-    guard = build(policy_file, {"a": sae})
     rows = draw_rows(60, seed=0)
-    held = sae.encode(rows).latents[:, 5]
+    return build(policy_file, {"a": sae}), rows, sae.encode(rows).latents[:, 5]
+
+
+def test_a_condition_of_the_request_holds_from_where_it_was_met_on() -> None:
+    when = When(latents=(5,), above=0.5, scope="request")
+    guard, rows, held = build_watching(when)
     quiet, loud = rows[held == 0][:1], rows[held > 1][:1]
     # Two requests, one after the other, then the neighbour alone.
     for batch, expected in (
@@ -200,13 +204,7 @@ def test_a_condition_of_the_request_holds_from_where_it_was_met_on() -> None:
 
 def test_bos_meets_no_condition() -> None:
     when = When(latents=(5,), above=0.0, scope="request")
-    policy_file = make_policy_file(
-        {"p": Policy(clamps=(hold("r", when=when),))}, saes={"a": AT}
-    )
-    sae = make_sae("standard")
-    guard = build(policy_file, {"a": sae})
-    rows = draw_rows(60, seed=0)
-    held = sae.encode(rows).latents[:, 5]
+    guard, rows, held = build_watching(when)
     batch = torch.cat([rows[held > 1][:1], rows[held == 0][:1]])
     guard.step.rows_in[:2] = torch.tensor([[0, 1, 0], [1, 1, 0]])
     guard(batch, None)

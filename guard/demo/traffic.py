@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import LlamaForCausalLM
 
-    from guard.sae.model import Sae
+    from guard.policy import SaeSource
 
 __all__ = ["SCORES", "calibrate", "num_batches", "record_traffic"]
 
@@ -52,18 +52,17 @@ def calibrate(
         seed: Of the prompts.
         on_batch: Called for every 1 / `num_batches()` of the work.
     """
-    policies = load_policy(folder / "policy.yaml")
-    name = policies.policies[policies.default_policy].clamps[0].sae
-    source = policies.saes[name]
+    source = _find_source(folder)
     # Thresholds from topics the statistics never saw: so they allow for new ones.
     record = functools.partial(record_traffic, folder, seed=seed, on_batch=on_batch)
     fitting = list(record(FITTING, split="train"))
     held_out = list(record(HELD_OUT, split="calibration"))
+    joined = Activations(*map(torch.cat, zip(*fitting, strict=True)))
     for score in SCORES:
         calibration = fit_calibration(
             score,
             hook_point=source.hook_point,
-            fitting=Activations(*map(torch.cat, zip(*fitting, strict=True))),
+            fitting=joined,
             held_out=held_out,
             lengths=[LONGEST],
             provenance={
@@ -107,7 +106,9 @@ def record_traffic(
     """
     model, tokenizer = load_model(folder)
     edit = policy_edit(folder)
-    sae, layer = _load_clamped_sae(folder)
+    source = _find_source(folder)
+    sae = load_sae(source.path, format=source.format, sha256=source.sha256)
+    layer = HookPoint.parse(source.hook_point).layer
     drawn = benign_prompts(count, seed=seed, splits=(split,))
     texts = [prompt.text for prompt in drawn]
     for start in range(0, count, _BATCH):
@@ -147,8 +148,7 @@ def _record(
     return read[0]
 
 
-def _load_clamped_sae(folder: Path) -> tuple[Sae, int]:
+def _find_source(folder: Path) -> SaeSource:
+    """Return the SAE that the folder's default policy clamps."""
     policies = load_policy(folder / "policy.yaml")
-    source = policies.saes[policies.policies[policies.default_policy].clamps[0].sae]
-    sae = load_sae(source.path, format=source.format, sha256=source.sha256)
-    return sae, HookPoint.parse(source.hook_point).layer
+    return policies.saes[policies.policies[policies.default_policy].clamps[0].sae]

@@ -24,7 +24,7 @@ from guard.http.route import Kind, decide_route, route_path
 from guard.metrics import Metrics
 from guard.request import read_field
 
-__all__ = ["MAX_BODY_BYTES", "GuardMiddleware"]
+__all__ = ["MAX_BODY_BYTES", "GuardMiddleware", "send_error"]
 
 MAX_BODY_BYTES = 64 << 20
 """Largest request body that is read; images travel in it."""
@@ -79,10 +79,10 @@ class GuardMiddleware:
             body = parse_body(raw)
             admission = None if body is None else self._admit(headers, body)
         except _TooLargeError as error:
-            await _send_error(send, str(error), status=413)
+            await send_error(send, str(error), status=413)
             return
         except RequestError as error:
-            await _send_error(
+            await send_error(
                 send, error.message, status=error.status, param=error.param
             )
             return
@@ -171,12 +171,13 @@ async def _refuse_route(scope: Scope, receive: Receive, send: Send) -> None:
         "This route is not supported by guard yet; expected /v1/chat/completions "
         "or /v1/completions."
     )
-    await _send_error(send, text, status=400)
+    await send_error(send, text, status=400)
 
 
-async def _send_error(
+async def send_error(
     send: Send, message: str, *, status: int, param: str | None = None
 ) -> None:
+    """Answer with an error body as OpenAI shapes it."""
     body = error_body(message, status=status, param=param)
     headers = [
         (b"content-type", b"application/json"),

@@ -8,13 +8,13 @@ import copy
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from guard.monitor import Column, Watch
+from guard.monitor import Column, Reading, Watch
 from guard.policy import Policy
 from guard.request import TICKET_KEY, Ticket, Trace, read_ticket
 from guard.verdict import Verdict, decide, report
@@ -90,10 +90,9 @@ class Watched:
     fault: Literal["unguarded", "unscored"] | None = None
     """What was not seen of it: a token without its hooks, or a cached one's score."""
 
-    def verdict(self) -> Verdict:
-        """Return what was decided so far."""
+    def verdict(self, readings: Sequence[Reading]) -> Verdict:
+        """Return what was decided so far, on what `watch` has read so far."""
         state, policy = context.get(), self.watch.policy
-        readings = self.watch.readings()
         action, stage, alarms = decide(policy, readings)
         if self.fault is not None:
             action = "block" if self.is_blocked else "flag"
@@ -291,8 +290,9 @@ def _observe(
         context.get().uncounted["unscored"] += gap
         logger.error("A token was found in the cache without its scores.")
     else:
-        wanted = _count_until_end(request, tokens)
-        rejected = max(drafts + 1 - wanted, 0) if tokens and drafts else 0
+        rejected = 0
+        if tokens and drafts:
+            rejected = max(drafts + 1 - _count_until_end(request, tokens), 0)
         accepted = len(readings.scores) - rejected
         _take_in(watched, readings, accepted)
     if not watched.is_blocked:
@@ -369,10 +369,10 @@ def _finish_blocked(
 
 def _tell(output: Any, watched: Watched) -> None:
     """Let an output carry the request's verdict and what was not yet counted."""
-    state = context.get()
+    state, readings = context.get(), watched.watch.readings()
     progress = Progress(
-        verdict=watched.verdict().to_wire(),
-        ratios={reading.monitor: reading.ratio for reading in watched.watch.readings()},
+        verdict=watched.verdict(readings).to_wire(),
+        ratios={reading.monitor: reading.ratio for reading in readings},
         observed=watched.observed,
         counted=dict(state.uncounted),
         hook_seconds=list(state.hook_seconds),

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from guard import __version__
 from guard.errors import EngineError
 from guard.http.desk import PolicyDesk
-from guard.http.middleware import GuardMiddleware
-from guard.http.openai import error_body
+from guard.http.middleware import GuardMiddleware, send_error
 from guard.metrics import Metrics
 from guard.verdict import Verdict
 from vllm_guard import context
@@ -224,13 +223,8 @@ class ServingMiddleware(GuardMiddleware):
         if scope["type"] != "http" or self._board.ready:
             await super().__call__(scope, receive, send)
             return
-        body = error_body(
-            "The guard is not ready; expected GET /guard/ready first.", status=503
-        )
-        headers = [(b"content-type", b"application/json")]
-        start = {"type": "http.response.start", "status": 503, "headers": headers}
-        await send(start)
-        await send({"type": "http.response.body", "body": body})
+        text = "The guard is not ready; expected GET /guard/ready first."
+        await send_error(send, text, status=503)
 
 
 class GuardEndpoint:
