@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 E2E = Path(__file__).parent / "e2e"
 
 # Small tensors: a second thread only gets in the way of the servers under test.
 torch.set_num_threads(1)
 
-# A deadline per example measures the machine's neighbours, not the code.
-settings.register_profile("house", deadline=None)
+# Time per example measures the machine's neighbours, not the code.
+settings.register_profile(
+    "house", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("house")
 
 

@@ -207,7 +207,7 @@ def test_what_may_not_block_is_counted_to_the_end(policy: Policy) -> None:
 
 @st.composite
 def computations(draw: st.DrawFn) -> tuple[list[float], list[tuple[int, int]]]:
-    """Scores by position, and steps that cover them, some of them again."""
+    """Scores by position, and steps that cover them, some of them again in parts."""
     scores = draw(
         st.lists(
             st.sampled_from([0.0, 0.3, 0.9, 1.1, 4.0, math.nan]),
@@ -217,10 +217,11 @@ def computations(draw: st.DrawFn) -> tuple[list[float], list[tuple[int, int]]]:
     )
     steps, known = [], 0
     while known < len(scores):
-        first = draw(st.sampled_from([0, known, draw(st.integers(0, known))]))
-        last = draw(st.integers(first + 1, len(scores)))
-        steps.append((first, last))
-        known = max(known, last)
+        first = draw(st.integers(0, known))
+        between = draw(st.integers(first, known))
+        last = draw(st.integers(known + 1, len(scores)))
+        steps += [(first, between), (between, last)]
+        known = last
     return scores, steps
 
 

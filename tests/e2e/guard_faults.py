@@ -6,11 +6,13 @@ lies beside this one; what the file says is the fault's own affair.
 
 import multiprocessing
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).parent
 _IS_API_SERVER = multiprocessing.parent_process() is None
+_SLOW_SECONDS = 0.02
 
 
 def is_on(fault: str) -> bool:
@@ -33,6 +35,7 @@ def register() -> None:
     switch(Guard, "forward", fault="op-stops")
     switch(runner_v1, "attach", fault="readings-lost")
     switch(engine, "_tell", fault="verdicts-lost")
+    delay(runner_v1, "list_requests", fault="slow-steps")
     if is_on("file-changes") and not _IS_API_SERVER:
         about = (_FOLDER / "file-changes").read_text(encoding="utf-8")
         path, _, more = about.partition("\n")
@@ -48,3 +51,15 @@ def switch(owner: Any, name: str, *, fault: str) -> None:
         return None if is_on(fault) else original(*args, **kwargs)
 
     setattr(owner, name, switched)
+
+
+def delay(owner: Any, name: str, *, fault: str) -> None:
+    """Let `owner.name` take its time while the fault is on."""
+    original = getattr(owner, name)
+
+    def delayed(*args: Any, **kwargs: Any) -> Any:
+        if is_on(fault):
+            time.sleep(_SLOW_SECONDS)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, delayed)

@@ -236,10 +236,11 @@ def test_a_stream_stops_where_its_tokens_are_no_longer_guarded(
     fault: str, healthy: Server, faults: Faults
 ) -> None:
     ids = {"return_token_ids": True, "ignore_eos": True}
-    stream = complete(healthy, max_tokens=1900, stream=True, extra_body=ids)
-    chunks = [next(stream) for _ in range(3)]
-    with faults.on(fault):
-        chunks += list(stream)
+    with faults.on("slow-steps"):
+        stream = complete(healthy, max_tokens=1900, stream=True, extra_body=ids)
+        chunks = [next(stream) for _ in range(3)]
+        with faults.on(fault):
+            chunks += list(stream)
     delivered = sum(
         len(choice.token_ids or ()) for chunk in chunks for choice in chunk.choices
     )
@@ -281,10 +282,11 @@ def test_a_stream_whose_verdicts_cease_ends_as_an_error(
     healthy: Server, faults: Faults
 ) -> None:
     endless = {"ignore_eos": True}
-    stream = complete(healthy, max_tokens=1900, stream=True, extra_body=endless)
-    chunks = [next(stream) for _ in range(3)]
-    with faults.on("verdicts-lost"), pytest.raises(openai.APIError):
-        chunks.extend(stream)
+    with faults.on("slow-steps"):
+        stream = complete(healthy, max_tokens=1900, stream=True, extra_body=endless)
+        chunks = [next(stream) for _ in range(3)]
+        with faults.on("verdicts-lost"), pytest.raises(openai.APIError):
+            chunks.extend(stream)
     assert len(chunks) < 1900
     assert not any(choice.finish_reason for chunk in chunks for choice in chunk.choices)
 
