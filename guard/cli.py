@@ -89,10 +89,15 @@ def check(policy: Annotated[Path, typer.Argument(help="The policy file.")]) -> N
 @app.command()
 def status(
     url: Annotated[str, typer.Option(help="Of the server.")] = "http://localhost:8000",
+    api_key: Annotated[
+        str, typer.Option(envvar="VLLM_API_KEY", help="Where the server checks keys.")
+    ] = "",
 ) -> None:
     """Show what a running server says of its guard."""
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with urllib.request.urlopen(f"{url}/guard/status", timeout=10) as answer:
+        request = urllib.request.Request(f"{url}/guard/status", headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as answer:
             typer.echo(json.dumps(json.load(answer), indent=2))
     except (urllib.error.URLError, ValueError) as error:
         message = f"{url} does not answer as a guarded server: {error}."

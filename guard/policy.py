@@ -290,12 +290,12 @@ class Drill(_Frozen):
 
 
 class Tenant(_Frozen):
-    """Who may use which policies; not built yet."""
+    """Who may use which policies."""
 
     api_key_sha256: Sha256
     """Of the key; the key itself is never written down."""
     policies: Annotated[tuple[Name, ...], Field(min_length=1)]
-    """The first is the default."""
+    """What its requests may name; the first is what they run under unasked."""
 
 
 def _only_default(data: dict[str, Any]) -> tuple[str, ...]:
@@ -323,10 +323,10 @@ class PolicyFile(_Frozen):
     """By the name that requests use; slot i is the i-th, slot 0 is no policy."""
     drills: Annotated[tuple[Drill, ...], BeforeValidator(_refuse_entries)] = ()
     """Fire drills."""
-    tenants: Annotated[tuple[Tenant, ...], BeforeValidator(_refuse_entries)] = ()
-    """Who may use what."""
+    tenants: tuple[Tenant, ...] = ()
+    """Who may use what; a key that is nobody's may use what is public."""
     default_policy: Name
-    """What every request runs under that names none."""
+    """What a request without a tenant runs under unasked, or without a ticket."""
     public_policies: tuple[Name, ...] = Field(default_factory=_only_default)
     """What a client without a tenant may name; only the default when left out."""
 
@@ -361,23 +361,33 @@ class PolicyFile(_Frozen):
                 "default_policy",
             )
         self._check_public()
+        self._check_tenants()
         return self
 
     def _check_public(self) -> None:
-        for index, name in enumerate(self.public_policies):
-            if name not in self.policies:
-                _refuse(
-                    f"{name!r} is not in policies; {_offer(self.policies)}",
-                    "public_policies",
-                    index,
-                )
-        if twice := _first_repeat(self.public_policies):
-            _refuse(f"{twice[1]!r} is listed twice", "public_policies", twice[0])
+        self._check_offer(self.public_policies, "public_policies")
         if self.default_policy not in self.public_policies:
             _refuse(
                 f"default_policy {self.default_policy!r} is missing; add it",
                 "public_policies",
             )
+
+    def _check_tenants(self) -> None:
+        for index, tenant in enumerate(self.tenants):
+            self._check_offer(tenant.policies, "tenants", index, "policies")
+        if twice := _first_repeat(tenant.api_key_sha256 for tenant in self.tenants):
+            _refuse(
+                "is the key of another tenant already; expected one entry per key",
+                *("tenants", twice[0], "api_key_sha256"),
+            )
+
+    def _check_offer(self, names: tuple[str, ...], *at: str | int) -> None:
+        for index, name in enumerate(names):
+            if name not in self.policies:
+                offer = _offer(self.policies)
+                _refuse(f"{name!r} is not in policies; {offer}", *at, index)
+        if twice := _first_repeat(names):
+            _refuse(f"{twice[1]!r} is listed twice", *at, twice[0])
 
 
 def load_policy(path: str | Path) -> PolicyFile:
@@ -564,6 +574,7 @@ def _model_at(location: Location) -> type[BaseModel]:
         "clamps": Rule,
         "monitors": Monitor,
         "when": When,
+        "tenants": Tenant,
     }
     # Every second part is a name or an index; a policy may well be named 'when'.
     return models[location[::2][-1]] if location else PolicyFile

@@ -8,7 +8,7 @@ the engine core believes the ticket and nothing else. Runs in both processes.
 import base64
 import hmac
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,6 +20,7 @@ __all__ = [
     "TICKET_SECONDS",
     "GuardField",
     "Ticket",
+    "TicketBook",
     "Trace",
     "read_field",
     "read_ticket",
@@ -29,8 +30,9 @@ __all__ = [
 TICKET_KEY = "guard_ticket"
 """Key of the ticket inside `vllm_xargs`, which the engine calls `extra_args`."""
 
-TICKET_SECONDS = 3600.0
-"""How long a ticket lives. A request may queue; a leaked ticket must not last."""
+TICKET_SECONDS = 600.0
+"""How long a ticket lives: it is read when the engine takes the request in, long before
+the request is scheduled. A leaked one must not last."""
 
 Trace = Literal["none", "summary", "tokens"]
 """How much of the readings a client asks to see."""
@@ -52,6 +54,9 @@ class Ticket:
     """How much of the readings the client asked to see."""
     expires: float = 0.0
     """Unix time in seconds from which on the ticket is worthless."""
+    choices: int | None = None
+    """How many of the engine's requests it lets in: the answer's choices. None is any
+    number, for an operator's own use offline."""
 
 
 def sign_ticket(ticket: Ticket, secret: bytes) -> str:
@@ -67,7 +72,7 @@ def sign_ticket(ticket: Ticket, secret: bytes) -> str:
             f"The ticket secret has {len(secret)} bytes; "
             f"expected at least {_MIN_SECRET_BYTES}."
         )
-    fields = [ticket.guard_id, ticket.policy, ticket.trace, ticket.expires]
+    fields = list(astuple(ticket))
     payload = f"{_PREFIX}.{_encode(json.dumps(fields).encode())}"
     return f"{payload}.{_sign(payload, secret)}"
 
@@ -92,15 +97,57 @@ def read_ticket(text: object, secret: bytes, *, now: float) -> Ticket | None:
         return None
     try:
         fields = json.loads(base64.urlsafe_b64decode(payload.split(".")[1]))
-        guard_id, policy, trace, expires = fields
+        guard_id, policy, trace, expires, choices = fields
     except (ValueError, IndexError, TypeError):
         return None
     if not (isinstance(guard_id, str) and isinstance(policy, str)):
         return None
     if trace not in get_args(Trace) or not isinstance(expires, float):
         return None
+    if not isinstance(choices, int | None):
+        return None
     # Written so that an expiry of NaN has expired.
-    return Ticket(guard_id, policy, trace, expires) if now < expires else None
+    ticket = Ticket(guard_id, policy, trace, expires, choices)
+    return ticket if now < expires else None
+
+
+class TicketBook:
+    """Which tickets were shown to this engine, and how often.
+
+    A ticket lets in as many requests as its answer has choices; one that is shown
+    again, copied from a log perhaps, lets in nobody. Each engine of a data-parallel
+    server keeps its own book.
+    """
+
+    def __init__(self) -> None:
+        self._shown: dict[str, tuple[float, int]] = {}
+
+    def redeem(self, text: object, secret: bytes, *, now: float) -> Ticket | None:
+        """Return the ticket in `text` if it was signed here and is not used up.
+
+        Args:
+            text: What a request carried under `TICKET_KEY`.
+            secret: The per-start secret it must have been signed with.
+            now: Unix time in seconds.
+        """
+        ticket = read_ticket(text, secret, now=now)
+        if ticket is None or ticket.choices is None:
+            return ticket
+        self._forget(now)
+        _, shown = self._shown.get(ticket.guard_id, (0.0, 0))
+        if shown >= ticket.choices:
+            return None
+        self._shown[ticket.guard_id] = ticket.expires, shown + 1
+        return ticket
+
+    def _forget(self, now: float) -> None:
+        """Drop tickets that have expired; they stand in about that order."""
+        while self._shown:
+            oldest = next(iter(self._shown))
+            expires, _ = self._shown[oldest]
+            if now < expires:
+                return
+            del self._shown[oldest]
 
 
 class GuardField(BaseModel):

@@ -50,6 +50,7 @@ public_policies: [default, open]
 default_policy: default
 """
 ABLATE = "{name: jailbreak, sae: l12, latents: [827, 224], law: ablate}"
+TENANT = f"{{api_key_sha256: {SHA}, policies: [open, default]}}"
 CLAMP0 = "policies.default.clamps[0]"
 MONITOR0 = "policies.default.monitors[0]"
 
@@ -144,11 +145,6 @@ def test_a_loaded_file_cannot_be_changed(tmp_path: Path) -> None:
 
 
 LATER = [
-    (
-        "tenants: []",
-        f"tenants: [{{api_key_sha256: {SHA}, policies: [default]}}]",
-        "22: tenants: is not built yet; leave the key out",
-    ),
     (
         "drills: []",
         "drills: [{name: d, sae: l12, delta: d.safetensors, position: last_prompt}]",
@@ -258,6 +254,13 @@ FAULTS = [
     ("[default, open]", "[default, default]", "23: public_policies[1]: 'default' is listed twice"),
     ("  open:", "  Default: {}\n  open:", "20: policies.Default: differs from another name in case only"),
     ("policies:\n  default", f"  twin: {{path: x, format: guard, hook_point: layers.12.resid_post, sha256: {SHA}}}\npolicies:\n  default", "9: saes.twin: is the same SAE as 'l12'; name it once, so that a latent is clamped once"),
+    # Tenants
+    ("tenants: []", f"tenants: [{{api_key_sha256: {SHA}, policies: [gone]}}]", "22: tenants[0].policies[0]: 'gone' is not in policies; expected one of default, open"),
+    ("tenants: []", f"tenants: [{{api_key_sha256: {SHA}, policies: []}}]", "22: tenants[0].policies: is empty; expected at least 1 entry"),
+    ("tenants: []", f"tenants: [{{api_key_sha256: {SHA}, policies: [open, open]}}]", "22: tenants[0].policies[1]: 'open' is listed twice"),
+    ("tenants: []", f"tenants: [{{api_key_sha256: {SHA}, policy: open}}]", "22: tenants[0].policies: is missing (and 1 more)"),
+    ("tenants: []", "tenants: [{api_key_sha256: sk-secret, policies: [open]}]", "22: tenants[0].api_key_sha256: is not a sha256; expected 64 hexadecimal digits"),
+    ("tenants: []", f"tenants: [{TENANT}, {TENANT}]", "22: tenants[1].api_key_sha256: is the key of another tenant already; expected one entry per key"),
     # YAML
     ("version: 1", "version: 1\nversion: 1", "2: key 'version' is already on line 1"),
     ("name: jailbreak,", "name: jailbreak, name: other,", f"14: {CLAMP0}: key 'name' is already on line 14"),
@@ -353,9 +356,18 @@ def test_the_key_of_a_tenant_is_never_echoed() -> None:
     assert "sk-secret" not in caught.value.errors()[0]["msg"]
 
 
-def test_drills_and_tenants_have_a_schema_already() -> None:
+def test_tenants_are_read_with_their_policies_in_order(tmp_path: Path) -> None:
+    text = edit(FULL, "tenants: []", f"tenants: [{TENANT}]")
+    (tenant,) = load_policy(write(tmp_path, text)).tenants
+    assert (tenant.api_key_sha256, tenant.policies) == (SHA, ("open", "default"))
+
+
+def test_drills_have_a_schema_already() -> None:
     drill = Drill(name="last-token-0.7", sae="l12", delta=Path("d.safetensors"))
     assert drill.position == "last_prompt"
+
+
+def test_a_digest_may_be_written_in_capitals() -> None:
     assert Tenant(api_key_sha256=SHA.upper(), policies=("a",)).api_key_sha256 == SHA
 
 

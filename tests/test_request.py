@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guard.errors import RequestError
-from guard.request import GuardField, Ticket, read_field, read_ticket, sign_ticket
+from guard.request import (
+    GuardField,
+    Ticket,
+    TicketBook,
+    read_field,
+    read_ticket,
+    sign_ticket,
+)
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 NOW = 1_000_000.0
@@ -36,6 +43,31 @@ def test_a_ticket_with_any_character_changed_is_worthless(data):
     at = data.draw(st.integers(0, len(text) - 1))
     other = data.draw(st.characters().filter(lambda char: char != text[at]))
     assert read_ticket(text[:at] + other + text[at + 1 :], SECRET, now=NOW) is None
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+def test_a_ticket_that_is_shown_once_too_often_lets_in_nobody(choices):
+    book = TicketBook()
+    text = sign_ticket(Ticket("g", "open", "none", NOW + 60, choices), SECRET)
+    other = sign_ticket(Ticket("h", "open", "none", NOW + 60, 1), SECRET)
+    shown = [book.redeem(text, SECRET, now=NOW) for _ in range(choices + 2)]
+    assert [ticket is not None for ticket in shown] == [True] * choices + [False] * 2
+    assert book.redeem(other, SECRET, now=NOW) is not None
+
+
+def test_a_ticket_made_for_offline_use_lets_in_any_number():
+    book, text = TicketBook(), sign_ticket(TICKET, SECRET)
+    assert all(book.redeem(text, SECRET, now=NOW) == TICKET for _ in range(100))
+
+
+def test_a_book_forgets_what_has_expired_and_only_that():
+    book = TicketBook()
+    for number in range(50):
+        ticket = Ticket(f"g{number}", "open", "none", NOW + 10 + number, 1)
+        text = sign_ticket(ticket, SECRET)
+        assert book.redeem(text, SECRET, now=NOW + number) is not None
+        assert book.redeem(text, SECRET, now=NOW + number) is None
+        assert len(book._shown) <= 11
 
 
 def test_every_cut_of_a_ticket_is_worthless():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from guard.errors import RequestError
+from guard.http.keys import KeyRing
 from guard.request import TICKET_SECONDS, GuardField, Ticket, sign_ticket
 from guard.verdict import Verdict
 
@@ -38,12 +39,18 @@ class Admission:
 class Desk(Protocol):
     """What the middleware asks about a request."""
 
-    def admit(self, field: GuardField, *, authorization: str | None) -> Admission:
+    def lets_in(self, authorization: str | None) -> bool:
+        """Whether the server accepts the key in the `Authorization` header."""
+
+    def admit(
+        self, field: GuardField, *, authorization: str | None, choices: int
+    ) -> Admission:
         """Choose the policy of a request.
 
         Args:
             field: What the client asked for.
             authorization: The request's `Authorization` header.
+            choices: How many choices the answer should have.
 
         Raises:
             RequestError: 400 for an unknown policy, 403 for one not allowed.
@@ -67,7 +74,7 @@ class _Visit:
 
 
 class PolicyDesk:
-    """The desk of a policy file: public policies for everyone."""
+    """The desk of a policy file: a tenant's policies, or what is public."""
 
     def __init__(
         self,
@@ -86,29 +93,43 @@ class PolicyDesk:
             max_open: Requests remembered at once. Beyond it the oldest is
                 forgotten, and its answer fails closed.
         """
-        self._default = policy_file.default_policy
+        default = policy_file.default_policy
+        self.keys = KeyRing((), accepted=())
+        """Whose key is whose; whoever serves sets it before the first request."""
         self._known = frozenset(policy_file.policies)
-        self._public = frozenset(policy_file.public_policies)
+        others = [p for p in policy_file.public_policies if p != default]
+        self._public = (default, *others)
         self._fingerprints = dict(fingerprints)
         self._secret = secret
         self._max_open = max_open
         self._visits: dict[str, _Visit] = {}
 
-    def admit(self, field: GuardField, *, authorization: str | None) -> Admission:
-        """Let a request in under a public policy; there are no tenants yet.
+    def lets_in(self, authorization: str | None) -> bool:
+        """Whether the server accepts the key in the `Authorization` header."""
+        return self.keys.lets_in(authorization)
+
+    def offer(self, authorization: str | None) -> tuple[str, ...]:
+        """Return the policies that a client may name, its default first."""
+        tenant = self.keys.tenant(authorization)
+        return self._public if tenant is None else tenant.policies
+
+    def admit(
+        self, field: GuardField, *, authorization: str | None, choices: int
+    ) -> Admission:
+        """Let a request in under a policy that its client may use.
 
         Raises:
-            RequestError: 400 for an unknown policy, 403 for one not public.
+            RequestError: 400 for an unknown policy, 403 for one not offered to it.
         """
-        del authorization
-        policy = self._default if field.policy is None else field.policy
+        offer = self.offer(authorization)
+        policy = offer[0] if field.policy is None else field.policy
         if policy not in self._known:
             raise RequestError(
                 "The policy in 'guard.policy' does not exist; expected one that "
                 "the operator offers, or none for the default.",
                 param="guard.policy",
             )
-        if policy not in self._public:
+        if policy not in offer:
             raise RequestError(
                 "The policy in 'guard.policy' is not open to this client; expected "
                 "one that the operator offers, or none for the default.",
@@ -117,7 +138,7 @@ class PolicyDesk:
             )
         guard_id = f"guard-{secrets.token_hex(16)}"
         expires = time.time() + TICKET_SECONDS
-        ticket = Ticket(guard_id, policy, field.trace, expires)
+        ticket = Ticket(guard_id, policy, field.trace, expires, choices)
         admission = Admission(guard_id, policy, sign_ticket(ticket, self._secret))
         while len(self._visits) >= self._max_open:
             self._visits.pop(next(iter(self._visits)))

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from guard.errors import RequestError
 from guard.http.desk import Admission, Desk
 from guard.http.openai import (
+    count_choices,
     error_body,
     parse_body,
     refuse_unsupported,
@@ -28,6 +29,9 @@ __all__ = ["MAX_BODY_BYTES", "GuardMiddleware", "send_error"]
 
 MAX_BODY_BYTES = 64 << 20
 """Largest request body that is read; images travel in it."""
+
+UNAUTHORIZED = "Unauthorized"
+"""What the engine's own server says to a key that it does not know."""
 
 
 class GuardMiddleware:
@@ -63,6 +67,11 @@ class GuardMiddleware:
         decision = decide_route(path, scope.get("method", "GET"))
         if decision == "pass":
             await self.app(scope, receive, send)
+        elif scope["type"] == "http" and not self._desk.lets_in(_authorization(scope)):
+            # Before anything else is said: an unknown key learns nothing.
+            await send_error(send, UNAUTHORIZED, status=401)
+        elif decision == "private":
+            await self.app(scope, receive, send)
         elif decision == "refuse":
             await _refuse_route(scope, receive, send)
         else:
@@ -77,7 +86,7 @@ class GuardMiddleware:
             if raw is None:
                 return
             body = parse_body(raw)
-            admission = None if body is None else self._admit(headers, body)
+            admission = None if body is None else self._admit(scope, body, kind)
         except _TooLargeError as error:
             await send_error(send, str(error), status=413)
             return
@@ -106,10 +115,14 @@ class GuardMiddleware:
                 self._metrics.count_error("http")
             self._desk.close(admission.guard_id)
 
-    def _admit(self, headers: Headers, body: Mapping[str, Any]) -> Admission:
+    def _admit(self, scope: Scope, body: Mapping[str, Any], kind: Kind) -> Admission:
         refuse_unsupported(body)
         field = read_field(body.get("guard"))
-        return self._desk.admit(field, authorization=headers.get("authorization"))
+        return self._desk.admit(
+            field,
+            authorization=_authorization(scope),
+            choices=count_choices(body, kind),
+        )
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
         """Return the whole body, or None when the client is gone.
@@ -133,6 +146,10 @@ class GuardMiddleware:
                 raise too_large
             if not message.get("more_body", False):
                 return bytes(body)
+
+
+def _authorization(scope: Scope) -> str | None:
+    return Headers(scope=scope).get("authorization")
 
 
 class _TooLargeError(Exception):

@@ -32,7 +32,12 @@ MAX_DEPTH = 200
 """How deeply a request body may nest. JSON schemas need some tens of levels."""
 
 _RESERVED = "guard_"
-_ERROR_TYPES = {403: "permission_error", 500: "server_error", 503: "server_error"}
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    500: "server_error",
+    503: "server_error",
+}
 
 
 def error_body(message: str, *, status: int, param: str | None = None) -> bytes:

@@ -13,14 +13,19 @@ __all__ = ["GUARDED", "Decision", "Kind", "decide_route", "route_path"]
 Kind = Literal["chat", "completion"]
 """The two shapes of answer that carry a verdict."""
 
-Decision = Literal["chat", "completion", "refuse", "pass"]
-"""What happens to a request: guarded as one of two kinds, refused, or left alone."""
+Decision = Literal["chat", "completion", "refuse", "private", "pass"]
+"""What happens to a request: guarded as one of two kinds, refused, passed on to whoever
+has a key of the server, or left alone."""
 
 GUARDED: dict[str, Kind] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completion",
 }
 """Routes whose answers carry a verdict, for POST."""
+
+_PRIVATE = frozenset({"/guard/status"})
+"""Routes of the guard's own that name policies; the engine's check of keys does not
+cover them."""
 
 _REFUSED_TREES = (
     # Text of the model in another shape.
@@ -77,6 +82,8 @@ def decide_route(path: str, method: str) -> Decision:
         return kind if method == "POST" else "pass"
     if method == "OPTIONS":
         return "pass"
+    if path.removesuffix("/") in _PRIVATE:
+        return "private"
     if any(_lies_below(path, tree) for tree in GUARDED):
         return "refuse"
     if any(path == tree or _lies_below(path, tree) for tree in _REFUSED_TREES):

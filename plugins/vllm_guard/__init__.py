@@ -21,9 +21,18 @@ def register() -> None:
 
     with context.reporting():
         if context.enter():
-            from vllm_guard import engine, hook, runner_v1, runner_v2, server
+            from vllm_guard import (
+                admission,
+                engine,
+                hook,
+                prefix,
+                runner_v1,
+                runner_v2,
+                server,
+            )
 
-            for part in (hook, runner_v1, runner_v2, engine, server):
+            parts = (hook, runner_v1, runner_v2, admission, prefix, engine, server)
+            for part in parts:
                 part.install()
 
 

@@ -31,6 +31,7 @@ from guard.request import (
     TICKET_KEY,
     TICKET_SECONDS,
     Ticket,
+    TicketBook,
     Trace,
     sign_ticket,
 )
@@ -80,6 +81,8 @@ class Context:
     """In a worker: the row map, once the model is loaded."""
     board: "Board | None" = None
     """Where outputs are processed: verdicts and metrics."""
+    tickets: TicketBook = field(default_factory=TicketBook)
+    """In the engine core: which tickets were used."""
     uncounted: Counter[str] = field(default_factory=Counter)
     """In the engine core: tokens and errors not yet told to an API server."""
     hook_seconds: list[float] = field(default_factory=list)

@@ -1,50 +1,39 @@
-"""What happens in the engine core: tickets read, caches salted, blocks enforced.
+"""What happens in the engine core: readings held against policies, blocks enforced.
 
 Runs in the engine core process, around vLLM's own methods. It is the one place that
-sees every request of every route, and every token before it leaves.
+sees every token of every route before it leaves.
 """
 
-import copy
 import logging
-import time
-import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
-from guard.monitor import Column, Reading, Watch
-from guard.policy import Policy
-from guard.request import TICKET_KEY, Ticket, Trace, read_ticket
-from guard.verdict import Verdict, decide, report
 from vllm_guard import compat, context
+from vllm_guard.admission import Watched
 from vllm_guard.patch import wrap
 from vllm_guard.readings import CARRIER_KEY, Progress, RequestReadings, StepReadings
-from vllm_guard.rows import SLOT_KEY
 
-__all__ = ["BLOCK_REASON", "Watched", "admit", "install"]
+__all__ = ["BLOCK_REASON", "install"]
 
 logger = logging.getLogger(__name__)
 
 BLOCK_REASON = "guard:block"
 """`stop_reason` of a request that the guard finished."""
-_OWN_PREFIX = "guard_"
-"""Keys of `extra_args` that only the guard may set."""
 
 
 def install() -> None:
-    """Wrap the engine core where requests enter and where tokens leave.
+    """Wrap the engine core where tokens leave.
 
-    vLLM has no plugin seam in the engine core. `preprocess_add_request` is the last
-    moment before blocks are hashed, `update_from_output` the first at which sampled
-    tokens and the worker's readings meet. Remove when vLLM lets a plugin veto tokens.
+    vLLM has no plugin seam in the engine core. `update_from_output` is the first moment
+    at which sampled tokens and the worker's readings meet. Remove when vLLM lets a
+    plugin veto tokens.
     """
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
     wrap(EngineCore, "__init__", _init)
-    wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
     wrap(EngineCore, "collective_rpc", _collective_rpc)
     wrap(Scheduler, "update_from_output", _update_from_output)
 
@@ -70,152 +59,6 @@ def _collective_rpc(
         state = context.get()
         answers = [*answers, {"role": "engine_core", "fingerprint": state.fingerprint}]
     return answers
-
-
-@dataclass(slots=True)
-class Watched:
-    """A request in the engine core, as the guard keeps it: `Request.guard`."""
-
-    id: str
-    """Guard id of the HTTP request, or of the ticket of an offline one."""
-    name: str
-    """Its policy."""
-    watch: Watch
-    trace: Trace
-    """How much of its readings the client asked to see."""
-    seen_columns: dict[str, int]
-    """Columns without a threshold that the metrics show, by name."""
-    observed: dict[str, float] = field(default_factory=dict)
-    """Largest value of each of them so far."""
-    fault: Literal["unguarded", "unscored"] | None = None
-    """What was not seen of it: a token without its hooks, or a cached one's score."""
-
-    def verdict(self, readings: Sequence[Reading]) -> Verdict:
-        """Return what was decided so far, on what `watch` has read so far."""
-        state, policy = context.get(), self.watch.policy
-        action, stage, alarms = decide(policy, readings)
-        if self.fault is not None:
-            action = "block" if self.is_blocked else "flag"
-        return Verdict(
-            id=self.id,
-            policy=self.name,
-            fingerprint=state.fingerprints[self.name],
-            mode=policy.mode,
-            action=action,
-            stage=stage,
-            alarms=alarms,
-            clamped_tokens={
-                rule.name: count
-                for rule, count in zip(
-                    policy.clamps, self.watch.clamped_tokens, strict=True
-                )
-            },
-            tokens_seen=self.watch.tokens_seen,
-            readings=(
-                tuple(report(policy, reading) for reading in readings)
-                if self.trace == "summary"
-                else ()
-            ),
-            reason=self.fault,
-        )
-
-    @property
-    def is_blocked(self) -> bool:
-        """Whether nothing more of it may leave."""
-        policy_file = context.get().policy_file
-        if self.fault == "unguarded" and policy_file.on_error == "closed":
-            return True
-        if self.fault == "unscored" and policy_file.unscored == "block":
-            return True
-        return self.watch.block_position is not None
-
-
-def _preprocess_add_request(
-    original: Callable[..., Any], core: Any, request: Any
-) -> Any:
-    watched = admit(request, max_model_len=core.vllm_config.model_config.max_model_len)
-    added, wave = original(core, request)
-    added.guard = watched
-    return added, wave
-
-
-def admit(request: Any, *, max_model_len: int) -> Watched:
-    """Decide which policy a request runs under, and make it so.
-
-    A ticket that this start did not sign, or none, means the default policy. The
-    request's cache salt is set from the policy, so that no prefix is shared across
-    policies; what the client wrote into either field decides nothing.
-
-    Args:
-        request: vLLM's `EngineCoreRequest`; changed in place, its params copied.
-        max_model_len: Most tokens a request can have.
-    """
-    state = context.get()
-    params = request.sampling_params
-    ticket = None
-    if params is not None:
-        extra_args = dict(params.extra_args or {})
-        ticket = read_ticket(extra_args.get(TICKET_KEY), state.secret, now=time.time())
-    if ticket is None or ticket.policy not in state.policy_file.policies:
-        ticket = Ticket(uuid.uuid4().hex, state.policy_file.default_policy)
-    slot = state.slot(ticket.policy)
-    if params is not None:
-        # The children of one request share their params: a copy, never a change.
-        request.sampling_params = params = copy.copy(params)
-        params.extra_args = {
-            key: value
-            for key, value in extra_args.items()
-            if not key.startswith(_OWN_PREFIX)
-        } | {SLOT_KEY: slot}
-        if _remembers(state.policy_file.policies[ticket.policy]):
-            # A prefix that a neighbour computes in the same step is known only after
-            # the op has clamped; until such admissions wait a step, none is shared.
-            params.skip_reading_prefix_cache = True
-    request.cache_salt = context.cache_salt(
-        state.fingerprints[ticket.policy], request.cache_salt
-    )
-    prompt_length = _prompt_length(request)
-    wanted = prompt_length + ((params and params.max_tokens) or max_model_len)
-    return _watch(ticket, prompt_length, total=min(wanted, max_model_len))
-
-
-def _remembers(policy: Policy) -> bool:
-    """Whether a clamp depends on what an earlier token of the request showed."""
-    return any(rule.when and rule.when.scope == "request" for rule in policy.clamps)
-
-
-def _prompt_length(request: Any) -> int:
-    prompt = request.prompt_token_ids
-    return len(request.prompt_embeds if prompt is None else prompt)
-
-
-def _watch(ticket: Ticket, prompt_length: int, *, total: int) -> Watched:
-    state = context.get()
-    policy = state.policy_file.policies[ticket.policy]
-    columns, thresholds = [], []
-    for monitor in policy.monitors:
-        path = str(monitor.calibration)
-        columns.append(state.columns.index(Column(monitor.sae, monitor.score, path)))
-        thresholds.append(
-            state.calibrations[path].threshold(total, target_fpr=monitor.target_fpr)
-        )
-    saes = {monitor.sae for monitor in policy.monitors}
-    return Watched(
-        id=ticket.guard_id,
-        name=ticket.policy,
-        trace=ticket.trace,
-        watch=Watch(
-            policy,
-            columns=columns,
-            thresholds=thresholds,
-            prompt_length=prompt_length,
-        ),
-        seen_columns={
-            f"{column.score}:{column.sae}": number
-            for number, column in enumerate(state.columns)
-            if column.calibration is None and column.sae in saes
-        },
-    )
 
 
 def _update_from_output(

@@ -48,10 +48,11 @@ def serve(model: str, policy: Path, arguments: Sequence[str]) -> None:
     _set_environment(policy)
     # Only now: importing vLLM takes longer than all of the above.
     import vllm_guard
-    from vllm_guard import compat, hook
+    from vllm_guard import compat, hook, server
 
     vllm_guard.register()
     args = _parse(model, arguments)
+    server.read_keys(args, policy_file)
     config = _make_config(args)
     compat.check_engine(config)
     hook.check_widths(saes, config.model_config.get_hidden_size())
@@ -131,8 +132,7 @@ def _run(args: "Namespace") -> None:
     Raises:
         GuardError: A process could not start; the line is its own, where it left one.
     """
-    import uvloop
-    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
 
     from vllm_guard import context
@@ -142,7 +142,8 @@ def _run(args: "Namespace") -> None:
         fault = Path(folder, "fault")
         os.environ[context.FAULT_VARIABLE] = str(fault)
         try:
-            uvloop.run(run_server(args))
+            # As `vllm serve` does: it knows when one API server is not enough.
+            ServeSubcommand.cmd(args)
         except GuardError:
             raise
         except Exception as error:  # vLLM only says that a process has died

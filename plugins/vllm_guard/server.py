@@ -5,15 +5,18 @@ offline `LLM`.
 """
 
 import logging
+import os
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from guard import __version__
 from guard.errors import EngineError
 from guard.http.desk import PolicyDesk
+from guard.http.keys import KeyRing
 from guard.http.middleware import GuardMiddleware, send_error
 from guard.metrics import Metrics
+from guard.policy import PolicyFile
 from guard.verdict import Verdict
 from vllm_guard import context
 from vllm_guard.engine import BLOCK_REASON
@@ -240,6 +243,7 @@ class GuardEndpoint:
     def attach_router(self, app: "FastAPI") -> None:
         """Add `/guard/ready` and `/guard/status`."""
         from fastapi.responses import JSONResponse
+        from starlette.requests import Request
 
         @app.get("/guard/ready")
         async def ready() -> JSONResponse:
@@ -250,20 +254,36 @@ class GuardEndpoint:
             return JSONResponse({"ready": True})
 
         @app.get("/guard/status")
-        async def status() -> JSONResponse:
-            return JSONResponse(await describe(self._client))
+        async def status(request: Request) -> JSONResponse:
+            authorization = request.headers.get("authorization")
+            offer = _board().desk.offer(authorization)
+            return JSONResponse(await describe(self._client, offer))
 
     async def init_state(
-        self, engine_client: Any, _state: Any, _args: Namespace
+        self, engine_client: Any, _state: Any, args: Namespace
     ) -> None:
         """Ask every engine whether it is guarded; the server opens only then.
 
         Raises:
             EngineError: One of them is not, or is guarded by another policy file.
+            PolicyError: The key of a tenant is not among the server's.
         """
         self._client = engine_client
+        board = _board()
+        with context.reporting():
+            board.desk.keys = read_keys(args, context.get().policy_file)
         await check_engines(engine_client)
-        _board().ready = True
+        board.ready = True
+
+
+def read_keys(args: Namespace, policy_file: PolicyFile) -> KeyRing:
+    """Return the keys that vLLM's own check accepts, and whose they are.
+
+    Raises:
+        PolicyError: The key of a tenant is not among them.
+    """
+    given = args.api_key or [os.environ.get("VLLM_API_KEY")]
+    return KeyRing(policy_file.tenants, accepted=[key for key in given if key])
 
 
 async def ask_engines(client: Any) -> list[list[dict[str, Any]]]:
@@ -307,8 +327,8 @@ async def check_engines(client: Any) -> None:
             raise EngineError(message)
 
 
-async def describe(client: Any) -> dict[str, Any]:
-    """Return the JSON of `/guard/status`."""
+async def describe(client: Any, offer: Sequence[str]) -> dict[str, Any]:
+    """Return the JSON of `/guard/status` for a client to whom policies are offered."""
     state = context.get()
     try:
         engines: Any = await ask_engines(client)
@@ -318,11 +338,13 @@ async def describe(client: Any) -> dict[str, Any]:
     return {
         "version": __version__,
         "fingerprint": state.fingerprint,
-        "default_policy": state.policy_file.default_policy,
+        "default_policy": offer[0],
         "policies": {
-            name: {"fingerprint": state.fingerprints[name], "mode": policy.mode}
-            for name, policy in state.policy_file.policies.items()
-            if name in state.policy_file.public_policies
+            name: {
+                "fingerprint": state.fingerprints[name],
+                "mode": state.policy_file.policies[name].mode,
+            }
+            for name in offer
         },
         "engines": engines,
     }

@@ -15,7 +15,7 @@ from e2e.tripwires import LONG_POSITION, LONG_PROMPT
 from e2e.wire import Answer, ask
 from vllm import SamplingParams
 from vllm_guard import context
-from vllm_guard.engine import admit
+from vllm_guard.admission import admit
 from vllm_guard.rows import SLOT_KEY
 
 from guard.request import TICKET_KEY, Ticket, sign_ticket

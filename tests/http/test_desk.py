@@ -17,11 +17,11 @@ def make_verdict(guard_id, **values):
 
 @pytest.fixture
 def guard_id(desk):
-    return desk.admit(GuardField(), authorization=None).guard_id
+    return desk.admit(GuardField(), authorization=None, choices=1).guard_id
 
 
 def test_nothing_asked_is_the_default_policy(desk):
-    admission = desk.admit(GuardField(), authorization=None)
+    admission = desk.admit(GuardField(), authorization=None, choices=1)
     ticket = read_ticket(admission.ticket, SECRET, now=time.time())
     assert ticket is not None
     assert (ticket.guard_id, ticket.policy) == (admission.guard_id, "default")
@@ -30,28 +30,36 @@ def test_nothing_asked_is_the_default_policy(desk):
 
 def test_a_public_policy_is_granted_with_its_trace(desk):
     field = GuardField(policy="open", trace="summary")
-    admission = desk.admit(field, authorization=None)
+    admission = desk.admit(field, authorization=None, choices=1)
     ticket = read_ticket(admission.ticket, SECRET, now=time.time())
     assert (ticket.policy, ticket.trace) == ("open", "summary")
 
 
-def test_a_ticket_lives_for_an_hour(desk):
-    text = desk.admit(GuardField(), authorization=None).ticket
-    assert read_ticket(text, SECRET, now=time.time() + 3500) is not None
-    assert read_ticket(text, SECRET, now=time.time() + 3700) is None
+def test_a_ticket_lives_for_ten_minutes(desk):
+    text = desk.admit(GuardField(), authorization=None, choices=1).ticket
+    assert read_ticket(text, SECRET, now=time.time() + 590) is not None
+    assert read_ticket(text, SECRET, now=time.time() + 610) is None
+
+
+def test_a_ticket_lets_in_as_many_requests_as_the_answer_has_choices(desk):
+    text = desk.admit(GuardField(), authorization=None, choices=3).ticket
+    assert read_ticket(text, SECRET, now=time.time()).choices == 3
 
 
 @pytest.mark.parametrize(("policy", "status"), [("nowhere", 400), ("private", 403)])
 def test_another_policy_is_refused_without_naming_any(desk, policy, status):
     with pytest.raises(RequestError) as caught:
-        desk.admit(GuardField(policy=policy), authorization=None)
+        desk.admit(GuardField(policy=policy), authorization=None, choices=1)
     assert (caught.value.status, caught.value.param) == (status, "guard.policy")
     for name in ("open", "private"):
         assert name not in caught.value.message.replace("not open to", "")
 
 
 def test_every_request_has_its_own_id(desk):
-    ids = {desk.admit(GuardField(), authorization=None).guard_id for _ in range(100)}
+    ids = {
+        desk.admit(GuardField(), authorization=None, choices=1).guard_id
+        for _ in range(100)
+    }
     assert len(ids) == 100
 
 
@@ -88,7 +96,10 @@ def test_an_unknown_request_is_not_recorded(desk):
 def test_the_oldest_request_is_forgotten_at_the_bound(policy_file):
     prints = dict.fromkeys(policy_file.policies, "f")
     desk = PolicyDesk(policy_file, prints, secret=SECRET, max_open=2)
-    ids = [desk.admit(GuardField(), authorization=None).guard_id for _ in range(3)]
+    ids = [
+        desk.admit(GuardField(), authorization=None, choices=1).guard_id
+        for _ in range(3)
+    ]
     for guard_id in ids:
         desk.record(guard_id, 0, make_verdict(guard_id, fingerprint="f"))
     assert [len(desk.verdicts(guard_id)) for guard_id in ids] == [0, 1, 1]

@@ -19,7 +19,7 @@ from vllm.v1.engine import (
     FinishReason,
 )
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm_guard import context, engine
+from vllm_guard import admission, context, engine
 from vllm_guard.readings import CARRIER_KEY, RequestReadings
 from vllm_guard.rows import SLOT_KEY
 
@@ -55,8 +55,8 @@ def ticket_for(policy: str, secret: bytes, *, seconds: float = 60.0) -> dict[str
     return {TICKET_KEY: sign_ticket(ticket, secret)}
 
 
-def admit(request: EngineCoreRequest, *, max_model_len: int = 64) -> engine.Watched:
-    return engine.admit(request, max_model_len=max_model_len)
+def admit(request: EngineCoreRequest, *, max_model_len: int = 64) -> admission.Watched:
+    return admission.admit(request, max_model_len=max_model_len)
 
 
 def slot_written(request: EngineCoreRequest) -> int:
@@ -198,7 +198,7 @@ class FakeScheduler:
 class FakeRequest:
     """As much of vLLM's request as the guard looks at."""
 
-    def __init__(self, watched: engine.Watched, *, prompt_length: int) -> None:
+    def __init__(self, watched: admission.Watched, *, prompt_length: int) -> None:
         self.request_id = "r"
         self.guard = watched
         self.finished = False

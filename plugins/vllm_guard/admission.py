@@ -1,0 +1,174 @@
+"""How a request enters the engine core: ticket read, policy chosen, cache salted.
+
+It is the one place that every request of every route passes, before its blocks are
+hashed and before anything is computed for it.
+"""
+
+import copy
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from guard.monitor import Column, Reading, Watch
+from guard.request import TICKET_KEY, Ticket, Trace
+from guard.verdict import Verdict, decide, report
+from vllm_guard import context
+from vllm_guard.patch import wrap
+from vllm_guard.rows import SLOT_KEY
+
+__all__ = ["Watched", "admit", "install"]
+
+_OWN_PREFIX = "guard_"
+"""Keys of `extra_args` that only the guard may set."""
+
+
+def install() -> None:
+    """Wrap the last moment before a request's blocks are hashed.
+
+    vLLM has no plugin seam in the engine core. Remove when a plugin can choose a
+    request's cache salt there.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
+
+
+@dataclass(slots=True)
+class Watched:
+    """A request in the engine core, as the guard keeps it: `Request.guard`."""
+
+    id: str
+    """Guard id of the HTTP request, or of the ticket of an offline one."""
+    name: str
+    """Its policy."""
+    watch: Watch
+    trace: Trace
+    """How much of its readings the client asked to see."""
+    seen_columns: dict[str, int]
+    """Columns without a threshold that the metrics show, by name."""
+    observed: dict[str, float] = field(default_factory=dict)
+    """Largest value of each of them so far."""
+    fault: Literal["unguarded", "unscored"] | None = None
+    """What was not seen of it: a token without its hooks, or a cached one's score."""
+
+    def verdict(self, readings: Sequence[Reading]) -> Verdict:
+        """Return what was decided so far, on what `watch` has read so far."""
+        state, policy = context.get(), self.watch.policy
+        action, stage, alarms = decide(policy, readings)
+        if self.fault is not None:
+            action = "block" if self.is_blocked else "flag"
+        return Verdict(
+            id=self.id,
+            policy=self.name,
+            fingerprint=state.fingerprints[self.name],
+            mode=policy.mode,
+            action=action,
+            stage=stage,
+            alarms=alarms,
+            clamped_tokens={
+                rule.name: count
+                for rule, count in zip(
+                    policy.clamps, self.watch.clamped_tokens, strict=True
+                )
+            },
+            tokens_seen=self.watch.tokens_seen,
+            readings=(
+                tuple(report(policy, reading) for reading in readings)
+                if self.trace == "summary"
+                else ()
+            ),
+            reason=self.fault,
+        )
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether nothing more of it may leave."""
+        policy_file = context.get().policy_file
+        if self.fault == "unguarded" and policy_file.on_error == "closed":
+            return True
+        if self.fault == "unscored" and policy_file.unscored == "block":
+            return True
+        return self.watch.block_position is not None
+
+
+def _preprocess_add_request(
+    original: Callable[..., Any], core: Any, request: Any
+) -> Any:
+    watched = admit(request, max_model_len=core.vllm_config.model_config.max_model_len)
+    added, wave = original(core, request)
+    added.guard = watched
+    return added, wave
+
+
+def admit(request: Any, *, max_model_len: int) -> Watched:
+    """Decide which policy a request runs under, and make it so.
+
+    A ticket that this start did not sign, one that is used up, or none at all means
+    the default policy. The request's cache salt is set from the policy, so that no
+    prefix is shared across policies; what the client wrote into either field decides
+    nothing.
+
+    Args:
+        request: vLLM's `EngineCoreRequest`; changed in place, its params copied.
+        max_model_len: Most tokens a request can have.
+    """
+    state = context.get()
+    params = request.sampling_params
+    ticket = None
+    if params is not None:
+        extra_args = dict(params.extra_args or {})
+        ticket = state.tickets.redeem(
+            extra_args.get(TICKET_KEY), state.secret, now=time.time()
+        )
+    if ticket is None or ticket.policy not in state.policy_file.policies:
+        ticket = Ticket(uuid.uuid4().hex, state.policy_file.default_policy)
+    if params is not None:
+        # The children of one request share their params: a copy, never a change.
+        request.sampling_params = params = copy.copy(params)
+        params.extra_args = {
+            key: value
+            for key, value in extra_args.items()
+            if not key.startswith(_OWN_PREFIX)
+        } | {SLOT_KEY: state.slot(ticket.policy)}
+    request.cache_salt = context.cache_salt(
+        state.fingerprints[ticket.policy], request.cache_salt
+    )
+    prompt_length = _prompt_length(request)
+    wanted = prompt_length + ((params and params.max_tokens) or max_model_len)
+    return _watch(ticket, prompt_length, total=min(wanted, max_model_len))
+
+
+def _prompt_length(request: Any) -> int:
+    prompt = request.prompt_token_ids
+    return len(request.prompt_embeds if prompt is None else prompt)
+
+
+def _watch(ticket: Ticket, prompt_length: int, *, total: int) -> Watched:
+    state = context.get()
+    policy = state.policy_file.policies[ticket.policy]
+    columns, thresholds = [], []
+    for monitor in policy.monitors:
+        path = str(monitor.calibration)
+        columns.append(state.columns.index(Column(monitor.sae, monitor.score, path)))
+        thresholds.append(
+            state.calibrations[path].threshold(total, target_fpr=monitor.target_fpr)
+        )
+    saes = {monitor.sae for monitor in policy.monitors}
+    return Watched(
+        id=ticket.guard_id,
+        name=ticket.policy,
+        trace=ticket.trace,
+        watch=Watch(
+            policy,
+            columns=columns,
+            thresholds=thresholds,
+            prompt_length=prompt_length,
+        ),
+        seen_columns={
+            f"{column.score}:{column.sae}": number
+            for number, column in enumerate(state.columns)
+            if column.calibration is None and column.sae in saes
+        },
+    )
