@@ -8,7 +8,7 @@ engine, it runs under the default policy, because tickets are checked there.
 
 from typing import Literal
 
-__all__ = ["GUARDED", "Decision", "Kind", "decide_route", "route_path"]
+__all__ = ["GUARDED", "REFUSED", "Decision", "Kind", "decide_route", "route_path"]
 
 Kind = Literal["chat", "completion"]
 """The two shapes of answer that carry a verdict."""
@@ -27,7 +27,7 @@ _PRIVATE = frozenset({"/guard/status"})
 """Routes of the guard's own that name policies; the engine's check of keys does not
 cover them."""
 
-_REFUSED_TREES = (
+REFUSED = (
     # Text of the model in another shape.
     "/v1/responses",
     "/v1/messages",
@@ -86,7 +86,7 @@ def decide_route(path: str, method: str) -> Decision:
         return "private"
     if any(_lies_below(path, tree) for tree in GUARDED):
         return "refuse"
-    if any(path == tree or _lies_below(path, tree) for tree in _REFUSED_TREES):
+    if any(path == tree or _lies_below(path, tree) for tree in REFUSED):
         return "refuse"
     return "pass"
 
