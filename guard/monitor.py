@@ -188,7 +188,11 @@ class Reading:
     @property
     def ratio(self) -> float:
         """Score over threshold; an alarm is above 1."""
-        return self.score / self.threshold if self.threshold else math.inf
+        return _ratio(self.score, self.threshold)
+
+
+def _ratio(score: float, threshold: float) -> float:
+    return score / threshold if threshold else math.inf
 
 
 def _is_over(
@@ -199,17 +203,28 @@ def _is_over(
 
 
 class _Running:
-    """The running maximum of one monitor in one request."""
+    """The running maximum of one column in one request."""
 
-    def __init__(self) -> None:
+    __slots__ = (
+        "alarm_position",
+        "blocks",
+        "column",
+        "maximum",
+        "position",
+        "threshold",
+    )
+
+    def __init__(self, column: int, *, threshold: float, blocks: bool) -> None:
+        self.column = column
+        self.threshold = threshold
+        self.blocks = blocks
         self.maximum = -math.inf
         self.position: int | None = None
         self.alarm_position: int | None = None
 
-    def observe(
-        self, scores: npt.NDArray[np.float32], threshold: float, first: int
-    ) -> None:
-        over = _is_over(scores, threshold)
+    def observe(self, scores: npt.NDArray[np.float32], first: int) -> None:
+        """Take in the column's scores of consecutive positions."""
+        over = _is_over(scores, self.threshold)
         if self.alarm_position is None and over.any():
             self.alarm_position = first + int(over.argmax())
         known = np.where(np.isfinite(scores), scores, np.inf)
@@ -217,6 +232,24 @@ class _Running:
         if known[largest] > self.maximum:
             self.maximum = float(known[largest])
             self.position = first + largest
+
+    def observe_token(self, score: float, position: int) -> None:
+        """Do the same for one position: a decoding step has nothing else."""
+        if not -math.inf < score < math.inf:
+            score = math.inf
+        if score > self.maximum:
+            self.maximum, self.position = score, position
+        if self.alarm_position is None and (
+            score > self.threshold or score == math.inf
+        ):
+            self.alarm_position = position
+
+    @property
+    def block_position(self) -> float:
+        """Position of an alarm that blocks; infinite where there is none."""
+        if self.blocks and self.alarm_position is not None:
+            return self.alarm_position
+        return math.inf
 
 
 class Watch:
@@ -233,6 +266,7 @@ class Watch:
         columns: Sequence[int],
         thresholds: Sequence[float],
         prompt_length: int,
+        seen_columns: Mapping[str, int] | None = None,
     ) -> None:
         """Start a request under `policy`.
 
@@ -241,14 +275,30 @@ class Watch:
             columns: For each of its monitors, the number of its column.
             thresholds: For each of its monitors, in the score's unit.
             prompt_length: Tokens of the prompt; later positions are output.
+            seen_columns: Columns without a threshold that the metrics show, by name.
         """
         self.policy = policy
         self.tokens_seen = 0
         self.clamped_tokens = [0] * len(policy.clamps)
-        self._columns = columns
-        self._thresholds = thresholds
+        self.block_position: int | None = None
+        """Position from which on no token may leave, if there is one."""
         self._prompt_length = prompt_length
-        self._running = [_Running() for _ in policy.monitors]
+        enforces = policy.mode == "enforce"
+        self._running = [
+            _Running(
+                column,
+                threshold=threshold,
+                blocks=enforces and monitor.on_alarm == "block",
+            )
+            for monitor, column, threshold in zip(
+                policy.monitors, columns, thresholds, strict=True
+            )
+        ]
+        self._seen = {
+            name: _Running(column, threshold=math.inf, blocks=False)
+            for name, column in (seen_columns or {}).items()
+        }
+        self._all = [*self._running, *self._seen.values()]
 
     def observe(
         self,
@@ -264,15 +314,33 @@ class Watch:
             clamped: Bit r is set where rule r changed the token, `[num_rows]`.
         """
         known = max(0, self.tokens_seen - first)
-        scores, clamped, first = scores[known:], clamped[known:], first + known
-        if not len(scores) or self.block_position is not None:
+        new = len(scores) - known
+        if new <= 0 or self.block_position is not None:
             return
+        if new == 1:
+            self._observe_token(scores[-1].tolist(), int(clamped[-1]))
+        else:
+            self._observe_rows(scores[known:], clamped[known:], first + known)
+        block = min((one.block_position for one in self._running), default=math.inf)
+        self.block_position = int(block) if block < math.inf else None
+
+    def _observe_token(self, scores: Sequence[float], clamped: int) -> None:
+        for running in self._all:
+            running.observe_token(scores[running.column], self.tokens_seen)
+        self.tokens_seen += 1
+        for rule in range(len(self.clamped_tokens)) if clamped else ():
+            self.clamped_tokens[rule] += clamped >> rule & 1
+
+    def _observe_rows(
+        self,
+        scores: npt.NDArray[np.float32],
+        clamped: npt.NDArray[np.int32],
+        first: int,
+    ) -> None:
         rows = self._rows_until_block(scores)
         scores, clamped = scores[:rows], clamped[:rows]
-        for running, column, threshold in zip(
-            self._running, self._columns, self._thresholds, strict=True
-        ):
-            running.observe(scores[:, column], threshold, first)
+        for running in self._all:
+            running.observe(scores[:, running.column], first)
         self.tokens_seen = first + rows
         for rule in range(len(self.clamped_tokens)):
             self.clamped_tokens[rule] += int((clamped >> rule & 1).sum())
@@ -280,28 +348,32 @@ class Watch:
     def _rows_until_block(self, scores: npt.NDArray[np.float32]) -> int:
         """Return how many rows there are up to and with the first that blocks."""
         rows = len(scores)
-        for monitor, column, threshold in zip(
-            self.policy.monitors, self._columns, self._thresholds, strict=True
-        ):
-            if self.policy.mode == "enforce" and monitor.on_alarm == "block":
-                over = _is_over(scores[:rows, column], threshold)
+        for running in self._running:
+            if running.blocks:
+                over = _is_over(scores[:rows, running.column], running.threshold)
                 if over.any():
                     rows = int(over.argmax()) + 1
         return rows
 
     @property
-    def block_position(self) -> int | None:
-        """Position from which on no token may leave, if there is one."""
-        if self.policy.mode != "enforce":
-            return None
-        positions = [
-            running.alarm_position
-            for running, monitor in zip(
-                self._running, self.policy.monitors, strict=True
+    def is_alarmed(self) -> bool:
+        """Whether any monitor has alarmed so far."""
+        return any(running.alarm_position is not None for running in self._running)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Largest score / threshold so far, by monitor."""
+        return {
+            monitor.name: _ratio(running.maximum, running.threshold)
+            for monitor, running in zip(
+                self.policy.monitors, self._running, strict=True
             )
-            if running.alarm_position is not None and monitor.on_alarm == "block"
-        ]
-        return min(positions, default=None)
+        }
+
+    @property
+    def observed(self) -> dict[str, float]:
+        """Largest value so far of each column without a threshold."""
+        return {name: max(seen.maximum, 0.0) for name, seen in self._seen.items()}
 
     def readings(self) -> tuple[Reading, ...]:
         """Return what each monitor has seen so far."""
@@ -309,7 +381,7 @@ class Watch:
             Reading(
                 monitor=monitor.name,
                 score=running.maximum,
-                threshold=threshold,
+                threshold=running.threshold,
                 position=position,
                 stage=(
                     "prompt"
@@ -319,8 +391,8 @@ class Watch:
                 alarm=running.alarm_position is not None,
                 action=monitor.on_alarm,
             )
-            for monitor, running, threshold in zip(
-                self.policy.monitors, self._running, self._thresholds, strict=True
+            for monitor, running in zip(
+                self.policy.monitors, self._running, strict=True
             )
             for position in [
                 running.position

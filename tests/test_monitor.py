@@ -127,6 +127,7 @@ def make_watch(policy: Policy, *, prompt_length: int = 4) -> Watch:
         columns=list(numbers),
         thresholds=[float(i + 1) for i in numbers],
         prompt_length=prompt_length,
+        seen_columns={"first": 0},
     )
 
 
@@ -241,6 +242,9 @@ def test_a_position_counts_once_however_often_it_is_computed(
     assert often.tokens_seen == once.tokens_seen
     assert often.clamped_tokens == once.clamped_tokens == [once.tokens_seen] * 2
     assert often.block_position == once.block_position
+    assert often.observed == once.observed
+    assert often.ratios == {r.monitor: r.ratio for r in once.readings()}
+    assert often.is_alarmed == any(r.alarm for r in once.readings())
 
 
 def test_a_reading_above_its_threshold_has_a_ratio_above_one() -> None:

@@ -7,11 +7,11 @@ hashed and before anything is computed for it.
 import copy
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from guard.monitor import Column, Reading, Watch
+from guard.monitor import Column, Watch
 from guard.request import TICKET_KEY, Ticket, Trace
 from guard.verdict import Verdict, decide, report
 from vllm_guard import context
@@ -46,33 +46,45 @@ class Watched:
     watch: Watch
     trace: Trace
     """How much of its readings the client asked to see."""
-    seen_columns: dict[str, int]
-    """Columns without a threshold that the metrics show, by name."""
-    observed: dict[str, float] = field(default_factory=dict)
-    """Largest value of each of them so far."""
     fault: Literal["unguarded", "unscored"] | None = None
     """What was not seen of it: a token without its hooks, or a cached one's score."""
+    _told: dict[str, Any] | None = None
+    """What `tell` returned last."""
 
-    def verdict(self, readings: Sequence[Reading]) -> Verdict:
-        """Return what was decided so far, on what `watch` has read so far."""
-        state, policy = context.get(), self.watch.policy
+    def tell(self) -> dict[str, Any]:
+        """Return `Verdict.to_wire()` of what was decided so far.
+
+        Token after token mostly nothing happens, and only the counts go on.
+        """
+        watch = self.watch
+        if self.fault or self.trace != "none" or watch.is_alarmed or not self._told:
+            self._told = self.verdict().to_wire()
+        else:
+            names = self._told["clamped_tokens"]
+            # A new one: the last may still be on its way out in another thread.
+            self._told = {
+                **self._told,
+                "clamped_tokens": dict(zip(names, watch.clamped_tokens, strict=True)),
+                "tokens_seen": watch.tokens_seen,
+            }
+        return self._told
+
+    def verdict(self) -> Verdict:
+        """Return what was decided so far."""
+        policy, readings = self.watch.policy, self.watch.readings()
         action, stage, alarms = decide(policy, readings)
         if self.fault is not None:
             action = "block" if self.is_blocked else "flag"
+        counts = zip(policy.clamps, self.watch.clamped_tokens, strict=True)
         return Verdict(
             id=self.id,
             policy=self.name,
-            fingerprint=state.fingerprints[self.name],
+            fingerprint=context.get().fingerprints[self.name],
             mode=policy.mode,
             action=action,
             stage=stage,
             alarms=alarms,
-            clamped_tokens={
-                rule.name: count
-                for rule, count in zip(
-                    policy.clamps, self.watch.clamped_tokens, strict=True
-                )
-            },
+            clamped_tokens={rule.name: count for rule, count in counts},
             tokens_seen=self.watch.tokens_seen,
             readings=(
                 tuple(report(policy, reading) for reading in readings)
@@ -165,10 +177,10 @@ def _watch(ticket: Ticket, prompt_length: int, *, total: int) -> Watched:
             columns=columns,
             thresholds=thresholds,
             prompt_length=prompt_length,
+            seen_columns={
+                f"{column.score}:{column.sae}": number
+                for number, column in enumerate(state.columns)
+                if column.calibration is None and column.sae in saes
+            },
         ),
-        seen_columns={
-            f"{column.score}:{column.sae}": number
-            for number, column in enumerate(state.columns)
-            if column.calibration is None and column.sae in saes
-        },
     )

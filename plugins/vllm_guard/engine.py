@@ -8,8 +8,6 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-
 from vllm_guard import compat, context
 from vllm_guard.admission import Watched
 from vllm_guard.patch import wrap
@@ -56,8 +54,12 @@ def _collective_rpc(
     """Add the engine core's own word to what its workers say of themselves."""
     answers = original(core, method, *args, **kwargs)
     if method == "guard_status":
-        state = context.get()
-        answers = [*answers, {"role": "engine_core", "fingerprint": state.fingerprint}]
+        own = {
+            "role": "engine_core",
+            "fingerprint": context.get().fingerprint,
+            "world_size": core.vllm_config.parallel_config.world_size,
+        }
+        answers = [*answers, own]
     return answers
 
 
@@ -137,7 +139,8 @@ def _observe(
         if tokens and drafts:
             rejected = max(drafts + 1 - _count_until_end(request, tokens), 0)
         accepted = len(readings.scores) - rejected
-        _take_in(watched, readings, accepted)
+        scores, clamped = readings.scores[:accepted], readings.clamped[:accepted]
+        watched.watch.observe(readings.first, scores, clamped)
     if not watched.is_blocked:
         return
     # Row r of the step's own rows samples token r - (num_rows - 1 - drafts).
@@ -164,16 +167,6 @@ def _count_until_end(request: Any, tokens: list[int]) -> int:
         if token in ends:
             return count
     return min(len(tokens), room)
-
-
-def _take_in(watched: Watched, readings: RequestReadings, accepted: int) -> None:
-    scores = readings.scores[:accepted]
-    before = watched.watch.tokens_seen
-    watched.watch.observe(readings.first, scores, readings.clamped[:accepted])
-    new = scores[before - readings.first : watched.watch.tokens_seen - readings.first]
-    for name, column in watched.seen_columns.items():
-        largest = float(np.nan_to_num(new[:, column], nan=np.inf).max(initial=0.0))
-        watched.observed[name] = max(watched.observed.get(name, 0.0), largest)
 
 
 def _finish_blocked(
@@ -212,11 +205,11 @@ def _finish_blocked(
 
 def _tell(output: Any, watched: Watched) -> None:
     """Let an output carry the request's verdict and what was not yet counted."""
-    state, readings = context.get(), watched.watch.readings()
+    state = context.get()
     progress = Progress(
-        verdict=watched.verdict(readings).to_wire(),
-        ratios={reading.monitor: reading.ratio for reading in readings},
-        observed=watched.observed,
+        verdict=watched.tell(),
+        ratios=watched.watch.ratios,
+        observed=watched.watch.observed,
         counted=dict(state.uncounted),
         hook_seconds=list(state.hook_seconds),
     )

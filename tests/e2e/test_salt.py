@@ -164,19 +164,31 @@ def test_a_signed_ticket_sets_slot_and_salt(engine_core: context.Context) -> Non
 
 
 @pytest.mark.parametrize(
-    "forgery", ["foreign", "expired", "altered", "unknown policy", "no string", "slot"]
+    "forgery",
+    [
+        "foreign",
+        "expired",
+        "altered",
+        "replayed",
+        "unknown policy",
+        "no string",
+        "slot",
+    ],
 )
 def test_a_forged_ticket_runs_under_the_default_policy(
     engine_core: context.Context, forgery: str
 ) -> None:
     soon, secret = time.time() + 60, engine_core.secret
     good = sign_ticket(Ticket("x", "open", expires=soon), secret)
+    once = sign_ticket(Ticket("y", "open", expires=soon, choices=1), secret)
+    assert admit(make_request(once), max_model_len=64).name == "open"
     # The last character of base64 may not count; one in the middle does.
     altered = good[:20] + ("A" if good[20] != "A" else "B") + good[21:]
     ticket: object = {
         "foreign": sign_ticket(Ticket("x", "open", expires=soon), b"0" * 32),
         "expired": sign_ticket(Ticket("x", "open", expires=time.time() - 1), secret),
         "altered": altered,
+        "replayed": once,
         "unknown policy": sign_ticket(Ticket("x", "gone", expires=soon), secret),
         "no string": 7,
         "slot": "",

@@ -1,5 +1,6 @@
 """In the engine core: under which policy a request runs, and what may leave."""
 
+import copy
 import inspect
 import math
 import time
@@ -338,6 +339,24 @@ def test_every_output_carries_the_running_verdict(state: context.Context) -> Non
     progress = output.kv_transfer_params[CARRIER_KEY]
     assert progress["ratios"] == {"watch": 3.0 / 18.0}
     assert progress["counted"]["prefill"] == 3
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scores=st.lists(st.sampled_from([0.5, 5.0, 1e9]), min_size=1, max_size=8))
+def test_what_is_told_is_the_whole_verdict_and_is_never_changed_afterwards(
+    state: context.Context, scores: list[float]
+) -> None:
+    scheduler = start(state, prompt_length=1)
+    (request,) = scheduler.requests.values()
+    told = []
+    for position, score in enumerate(scores):
+        if not scheduler.requests:
+            break
+        (output,) = run_step(scheduler, [score], first=position, tokens=[7])
+        fresh = request.guard.verdict().to_wire()
+        assert verdict_of(output) == fresh
+        told.append((verdict_of(output), copy.deepcopy(fresh)))
+    assert all(verdict == then for verdict, then in told)
 
 
 def test_tokens_are_counted_once_and_by_phase(state: context.Context) -> None:
