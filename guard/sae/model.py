@@ -20,6 +20,9 @@ _LAYER_NORM_EPS = 1e-5
 """Added to the deviation on the way in only, as SAELens does."""
 _SPARSE_FACTOR = 8
 """How much rarer than all latents the active ones must be to be gathered."""
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -94,7 +97,7 @@ class Sae(nn.Module):
             Latents `[num_tokens, d_sae]` in fp32, in the unit the file reports.
         """
         rows, scale, shift = self._normalise(resid)
-        acts = torch.addmm(self.b_enc, rows, self.W_enc)
+        acts = _project(rows, self.W_enc, self.b_enc)
         if self.config.k is not None:
             return Encoded(_keep(acts, _kth_largest(acts, self.config.k)), scale, shift)
         # In place: at a prefill's size another copy costs more than the comparison.
@@ -115,7 +118,7 @@ class Sae(nn.Module):
         """
         rows, scale, shift = self._normalise(resid)
         if self.config.k is not None:
-            acts = torch.addmm(self.b_enc, rows, self.W_enc)
+            acts = _project(rows, self.W_enc, self.b_enc)
             floor = _kth_largest(acts, self.config.k)
             return Encoded(_keep(acts.index_select(1, columns), floor), scale, shift)
         acts = torch.addmm(
@@ -190,6 +193,26 @@ class Sae(nn.Module):
             scale = rows.std(dim=-1, keepdim=True)
             return rows / (scale + _LAYER_NORM_EPS), scale, shift
         return rows, ones, torch.zeros_like(ones)
+
+
+def _project(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return `rows @ weight + bias`, the costly part of an encode.
+
+    The BLAS behind `addmm` can be several times slower than oneDNN at a few rows and a
+    wide matrix, on AMD's CPUs above all. oneDNN is reached through the operator that
+    PyTorch's own compiler emits for a linear layer; where that is missing, or something
+    is differentiated or traced, `addmm` does the same.
+    """
+    if (
+        _HAS_ONEDNN
+        and rows.is_cpu
+        and len(rows) > 1
+        and not rows.requires_grad
+        and not torch.compiler.is_compiling()
+    ):
+        linear = torch.ops.mkldnn._linear_pointwise
+        return linear(rows.contiguous(), weight.t(), bias, "none", [], "")
+    return torch.addmm(bias, rows, weight)
 
 
 def _kth_largest(acts: Tensor, k: int) -> Tensor:

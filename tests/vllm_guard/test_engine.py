@@ -114,6 +114,18 @@ def test_params_that_several_requests_share_are_copied(state: context.Context) -
     assert shared.extra_args == before
 
 
+def test_any_number_of_different_requests_shares_the_slots_of_the_file(
+    state: context.Context,
+) -> None:
+    slots = set()
+    for number in range(200):
+        own = {"mine": number} | ticket_for("research", state.secret)
+        request = make_request(own, salt=f"salt {number}")
+        assert admit(request).name == "research"
+        slots.add(slot_written(request))
+    assert slots == {state.slot("research")}
+
+
 def test_what_a_client_wrote_in_the_guards_name_is_taken_out(
     state: context.Context,
 ) -> None:
