@@ -46,14 +46,13 @@ class StepBuffers(nn.Module):
     """Where a step's rows come in and its readings go out, shared by all hook points.
 
     Written before the step by the host, and during the step by every hook; fixed
-    addresses, so that a captured graph can read them. What comes in is one tensor,
-    so that it takes one copy.
+    addresses, so that a captured graph can read them. What comes in is one tensor and
+    what goes out another, so that each takes one copy.
     """
 
     rows_in: Tensor  # [max_tokens, 3] slot, request and start of `Rows`
     state: Tensor  # [max_requests + 1, MAX_RULES] sticky conditions met so far
-    scores: Tensor  # [max_tokens, num_columns]
-    marks: Tensor  # [max_tokens, 3] the bits `clamped` and `fired`, and the visits
+    readings: Tensor  # [max_tokens, num_columns + 3] int32: bits of `scores`, `marks`
 
     def __init__(self, *, max_tokens: int, max_requests: int, num_columns: int) -> None:
         """Allocate everything; nothing is allocated later."""
@@ -65,8 +64,17 @@ class StepBuffers(nn.Module):
 
         buffer("rows_in", (max_tokens, 3), torch.int64)
         buffer("state", (max_requests + 1, MAX_RULES), torch.uint8)
-        buffer("scores", (max_tokens, num_columns), torch.float32)
-        buffer("marks", (max_tokens, 3), torch.int32)
+        buffer("readings", (max_tokens, num_columns + len(Marks._fields)), torch.int32)
+
+    @property
+    def scores(self) -> Tensor:
+        """fp32 `[max_tokens, num_columns]`, a view of `readings`."""
+        return self.readings[:, : -len(Marks._fields)].view(torch.float32)
+
+    @property
+    def marks(self) -> Tensor:
+        """int32 `[max_tokens, 3]`, the fields of `Marks`, a view of `readings`."""
+        return self.readings[:, -len(Marks._fields) :]
 
     def rows(self, num_tokens: int) -> Rows:
         """Return whose tokens the first `num_tokens` rows are."""
@@ -80,8 +88,7 @@ class StepBuffers(nn.Module):
     def clear(self) -> None:
         """Forget the step: no row belongs to a policy, and nothing was read."""
         self.rows_in.zero_()
-        self.scores.zero_()
-        self.marks.zero_()
+        self.readings.zero_()
 
 
 @dataclass(frozen=True, slots=True)

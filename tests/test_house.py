@@ -107,6 +107,19 @@ def test_every_make_target_that_a_page_names_exists(page: str) -> None:
     assert named <= targets
 
 
+def test_every_test_that_contributing_names_exists() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"(test_\w+\.py)(?:::(\w+))?", page)
+    assert len(named) > 20
+    sources = {path.name: path.read_text() for path in ROOT.glob("tests/**/test_*.py")}
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if f"def {name}" not in sources.get(file, "")
+    ]
+    assert missing == []
+
+
 def test_every_link_into_the_repository_leads_somewhere(readme: str) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", readme)
     assert links

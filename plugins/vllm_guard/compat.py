@@ -1,15 +1,25 @@
 """The one file that asks which vLLM this is, and what it was told to do."""
 
 import os
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from guard.errors import EngineError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from vllm.config import VllmConfig
 
-__all__ = ["PLUGIN_VERSION", "check_engine", "check_version"]
+__all__ = [
+    "PLUGIN_VERSION",
+    "REFUSED",
+    "REFUSED_FRONTENDS",
+    "check_engine",
+    "check_frontend",
+    "check_version",
+]
 
 PLUGIN_VERSION = version("vllm-guard")
 OLDEST = (0, 32)
@@ -35,55 +45,121 @@ def check_version() -> None:
     raise EngineError(message)
 
 
+REFUSED: Mapping[str, Callable[[Any], object]] = {
+    # Rows that are cut up: a rank, or half a batch, would be scored as the whole.
+    "pipeline parallelism (--pipeline-parallel-size)": (
+        lambda config: config.parallel_config.pipeline_parallel_size > 1
+    ),
+    "micro-batch overlap (--enable-dbo, --ubatch-size)": (
+        lambda config: config.parallel_config.use_ubatching
+    ),
+    "context parallelism (--decode-context-parallel-size, "
+    "--prefill-context-parallel-size)": (
+        lambda config: (
+            config.parallel_config.decode_context_parallel_size > 1
+            or config.parallel_config.prefill_context_parallel_size > 1
+        )
+    ),
+    "sequence-parallel experts (--enable-expert-parallel together with tensor and "
+    "data parallelism)": lambda config: (
+        config.parallel_config.use_sequence_parallel_moe
+    ),
+    "a sequence-parallel stream (--enable-hc-sp)": (
+        lambda config: config.parallel_config.enable_hc_sp
+    ),
+    # Ranks that join later, which no readiness has asked.
+    "elastic expert parallelism (--enable-elastic-ep)": (
+        lambda config: config.parallel_config.enable_elastic_ep
+    ),
+    # KV that no forward pass of this engine computed, and so nothing scored.
+    "KV offloading (--kv-offloading-size)": (
+        lambda config: config.cache_config.kv_offloading_size
+    ),
+    "KV transfer (--kv-transfer-config)": (
+        lambda config: config.kv_transfer_config is not None
+    ),
+    # Tokens that skip layers.
+    "fast prefill (--kv-sharing-fast-prefill)": (
+        lambda config: config.cache_config.kv_sharing_fast_prefill
+    ),
+    # Tokens that are not the model's own next ones.
+    "denoising of whole blocks (--diffusion-config)": (
+        lambda config: (
+            config.diffusion_config is not None or config.model_config.is_diffusion
+        )
+    ),
+    "synthetic acceptance of drafts (rejection_sample_method)": (
+        lambda config: (
+            config.speculative_config is not None
+            and config.speculative_config.rejection_sample_method == "synthetic"
+        )
+    ),
+    "adaptive verification of drafts (enable_adaptive_verification)": (
+        # Which rows are whose is then decided on the device, after the row map.
+        lambda config: (
+            config.speculative_config is not None
+            and config.speculative_config.enable_adaptive_verification
+        )
+    ),
+    "asynchronous scheduling of drafts (expected --no-async-scheduling)": (
+        lambda config: (
+            config.scheduler_config.async_scheduling
+            and config.speculative_config is not None
+        )
+    ),
+    "a scheduler of your own (--scheduler-cls)": (
+        lambda config: config.scheduler_config.scheduler_cls is not None
+    ),
+    # Models without one residual stream from the first token to the last.
+    "models with several residual streams": (
+        lambda config: _count_streams(config.model_config) > 1
+    ),
+    "pooling models (--runner pooling)": (
+        lambda config: config.model_config.runner_type == "pooling"
+    ),
+    "encoder-decoder models": lambda config: config.model_config.is_encoder_decoder,
+    # Weights that change under a calibration, or vanish with the SAEs.
+    "sleep mode (--enable-sleep-mode)": (
+        lambda config: config.model_config.enable_sleep_mode
+    ),
+    "weight transfer (--weight-transfer-config)": (
+        lambda config: config.weight_transfer_config is not None
+    ),
+    "run-time LoRA loading (VLLM_ALLOW_RUNTIME_LORA_UPDATING)": (
+        lambda _: _environment().VLLM_ALLOW_RUNTIME_LORA_UPDATING
+    ),
+    "development routes (VLLM_SERVER_DEV_MODE)": (
+        lambda _: _environment().VLLM_SERVER_DEV_MODE
+    ),
+    # What has no place for the guard, or none that has been proved.
+    "the Rust front end (VLLM_USE_RUST_FRONTEND)": (
+        lambda _: _environment().VLLM_USE_RUST_FRONTEND
+    ),
+    "the V2 model runner (VLLM_USE_V2_MODEL_RUNNER)": (
+        lambda config: (
+            config.use_v2_model_runner
+            and os.environ.get("GUARD_ALLOW_V2_RUNNER", "0") in ("", "0")
+        )
+    ),
+}
+"""What the guard cannot follow, by the name an operator knows it under."""
+
+
 def check_engine(config: "VllmConfig") -> None:
     """Refuse engine options under which the guard could not see every token.
 
     Raises:
-        EngineError: Names the option and what to do about it.
+        EngineError: Names the option, or says that this vLLM no longer has it.
     """
-    parallel, compilation = config.parallel_config, config.compilation_config
-    refused = {
-        "pipeline parallelism (--pipeline-parallel-size)": (
-            parallel.pipeline_parallel_size > 1
-        ),
-        "micro-batch overlap (--enable-dbo)": parallel.use_ubatching,
-        "context parallelism (--decode-context-parallel-size)": (
-            parallel.decode_context_parallel_size > 1
-            or parallel.prefill_context_parallel_size > 1
-        ),
-        "sequence parallelism (pass_config.enable_sp)": bool(
-            getattr(compilation.pass_config, "enable_sp", False)
-        ),
-        "KV transfer (--kv-transfer-config)": config.kv_transfer_config is not None,
-        "KV offloading (--kv-offloading-size)": bool(
-            getattr(config.cache_config, "kv_offloading_size", None)
-        ),
-        "fast prefill (--kv-sharing-fast-prefill)": bool(
-            getattr(config.cache_config, "kv_sharing_fast_prefill", False)
-        ),
-        "sleep mode (--enable-sleep-mode)": config.model_config.enable_sleep_mode,
-        "asynchronous scheduling of drafts (--async-scheduling)": bool(
-            config.scheduler_config.async_scheduling
-            and config.speculative_config is not None
-        ),
-        "pooling models (--runner pooling)": (
-            config.model_config.runner_type == "pooling"
-        ),
-        "encoder-decoder models": config.model_config.is_encoder_decoder,
-        "weight transfer (--weight-transfer-config)": (
-            getattr(config, "weight_transfer_config", None) is not None
-        ),
-        "the Rust front end (VLLM_USE_RUST_FRONTEND)": _is_set(
-            "VLLM_USE_RUST_FRONTEND"
-        ),
-        "development routes (VLLM_SERVER_DEV_MODE)": _is_set("VLLM_SERVER_DEV_MODE"),
-        "run-time LoRA loading (VLLM_ALLOW_RUNTIME_LORA_UPDATING)": _is_set(
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-        ),
-        "the V2 model runner (VLLM_USE_V2_MODEL_RUNNER)": uses_v2_runner(config)
-        and not _is_set("GUARD_ALLOW_V2_RUNNER"),
-    }
-    for option, used in refused.items():
+    for option, is_used in REFUSED.items():
+        try:
+            used = is_used(config)
+        except AttributeError as error:
+            message = (
+                f"This vLLM does not say whether it uses {option} ({error}); "
+                "expected one the plugin was tested with."
+            )
+            raise EngineError(message) from error
         if used:
             message = (
                 f"The guard cannot follow every token under {option}; "
@@ -92,10 +168,47 @@ def check_engine(config: "VllmConfig") -> None:
             raise EngineError(message)
 
 
-def uses_v2_runner(config: "VllmConfig") -> bool:
-    """Whether vLLM will run this model with its second model runner."""
-    return bool(getattr(config, "use_v2_model_runner", False))
+REFUSED_FRONTENDS: Mapping[str, Callable[["Namespace"], object]] = {
+    "engines without an API server (--headless)": lambda args: args.headless,
+    "gRPC (--grpc, --grpc-port)": (
+        lambda args: args.grpc or args.grpc_port is not None
+    ),
+    "one server for each data-parallel rank (--data-parallel-multi-port-external-lb)": (
+        lambda args: args.data_parallel_multi_port_external_lb
+    ),
+}
+"""Front ends that bypass the API server which signs tickets and tells verdicts."""
 
 
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "0").lower() not in ("", "0", "false")
+def check_frontend(args: "Namespace") -> None:
+    """Refuse ways to serve in which the guard's own part of the server has no place.
+
+    Args:
+        args: Of `vllm serve`.
+
+    Raises:
+        EngineError: Names the option.
+    """
+    for option, is_used in REFUSED_FRONTENDS.items():
+        if is_used(args):
+            message = f"The guard cannot serve through {option}; expected HTTP alone."
+            raise EngineError(message)
+
+
+_STREAM_COUNTS = ("hc_mult", "hc_count", "altup_num_inputs")
+"""How configurations call the number of parallel residual streams: hyper-connections
+(arXiv 2409.19606), and AltUp (arXiv 2301.13310)."""
+
+
+def _count_streams(model: Any) -> int:
+    text = model.hf_text_config
+    counts = [int(getattr(text, name, None) or 1) for name in _STREAM_COUNTS]
+    # Attention over the outputs of earlier blocks stands where the sum would.
+    return max(*counts, 2 if getattr(text, "attn_res_block_size", None) else 1)
+
+
+def _environment() -> Any:
+    """Return vLLM's own reading of its environment variables."""
+    from vllm import envs
+
+    return envs

@@ -5,13 +5,13 @@ sees every token of every route before it leaves.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vllm_guard import compat, context
 from vllm_guard.admission import Watched
 from vllm_guard.patch import wrap
-from vllm_guard.readings import CARRIER_KEY, Progress, RequestReadings, StepReadings
+from vllm_guard.readings import CARRIER_KEY, Progress, RequestReadings
 
 __all__ = ["BLOCK_REASON", "install"]
 
@@ -70,7 +70,8 @@ def _update_from_output(
     model_runner_output: Any,
 ) -> Any:
     """Take in the readings of a step, and let no token past an alarm."""
-    readings: StepReadings = getattr(model_runner_output, "guard", {})
+    sent: Mapping[str, RequestReadings] = getattr(model_runner_output, "guard", {})
+    readings = {name: sent.get(name) for name in scheduler_output.num_scheduled_tokens}
     requests = {
         request_id: request
         for request_id in scheduler_output.num_scheduled_tokens
@@ -81,9 +82,7 @@ def _update_from_output(
     seconds = getattr(model_runner_output, "guard_seconds", [])
     context.get().hook_seconds.extend(seconds)
     for request_id, request in requests.items():
-        _observe(
-            request, readings.get(request_id), scheduler_output, model_runner_output
-        )
+        _observe(request, readings[request_id], scheduler_output, model_runner_output)
     outputs = original(scheduler, scheduler_output, model_runner_output)
     _finish_blocked(scheduler, requests.values(), outputs)
     for client_outputs in outputs.values():
@@ -94,11 +93,15 @@ def _update_from_output(
     return outputs
 
 
-def _count_step(scheduler: Any, scheduler_output: Any, readings: StepReadings) -> None:
+def _count_step(
+    scheduler: Any,
+    scheduler_output: Any,
+    readings: Mapping[str, RequestReadings | None],
+) -> None:
     """Count the rows that passed every hook, by phase, and those that did not."""
     counted = context.get().uncounted
     for request_id, num_rows in scheduler_output.num_scheduled_tokens.items():
-        reading = readings.get(request_id)
+        reading = readings[request_id]
         if reading is None:
             counted["unguarded"] += num_rows
             continue

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +59,11 @@ def _load_model(
     with context.reporting():
         compat.check_engine(runner.vllm_config)
         original(runner, *args, **kwargs)
-        attach(runner.model, runner.vllm_config, runner.device)
+        rows = np.array([selftest.NUM_ROWS], dtype=np.int32)
+        # The self-test runs a layer, and until the first step its LoRA adapters
+        # read whatever memory held before.
+        with runner.maybe_select_dummy_loras(runner.lora_config, rows):
+            attach(runner.model, runner.vllm_config, runner.device)
 
 
 def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None:
@@ -139,10 +144,12 @@ def find_layers(model: nn.Module, config: "VllmConfig") -> list[nn.Module]:
     Raises:
         EngineError: They cannot be told apart, or are not as many as configured.
     """
+    # A draft model's layers stand in the same list; they are not in this one.
+    own = {id(module) for module in model.modules()}
     found: dict[int, set[str]] = {}
-    for name in config.compilation_config.static_forward_context:
+    for name, module in config.compilation_config.static_forward_context.items():
         match = _LAYER_NAME.match(name)
-        if match:
+        if match and id(module) in own:
             found.setdefault(int(match[2]), set()).add(match[1])
     expected = config.model_config.get_total_num_hidden_layers()
     unclear = any(len(paths) > 1 for paths in found.values())
@@ -161,19 +168,21 @@ def split_output(output: Any) -> tuple[Tensor, Tensor | None]:
     Raises:
         EngineError: The layer returned something else.
     """
-    if isinstance(output, Tensor):
-        return output, None
-    if isinstance(output, tuple) and len(output) >= 2:
-        hidden_states, residual = output[0], output[1]
-        if isinstance(hidden_states, Tensor) and (
-            residual is None or isinstance(residual, Tensor)
-        ):
+    halves = output if isinstance(output, tuple) else (output, None)
+    if len(halves) >= 2:
+        hidden_states, residual = halves[0], halves[1]
+        # One row per token: several streams have a dimension of their own.
+        if _is_rows(hidden_states) and (residual is None or _is_rows(residual)):
             return hidden_states, residual
     message = (
-        "A decoder layer returned neither a tensor nor (hidden_states, residual); "
+        "A decoder layer returned neither rows nor (hidden_states, residual) of rows; "
         "expected a model with one residual stream."
     )
     raise EngineError(message)
+
+
+def _is_rows(half: Any) -> bool:
+    return isinstance(half, Tensor) and half.dim() == 2
 
 
 def _hook_layer(layer: nn.Module, index: int) -> None:
@@ -207,11 +216,12 @@ def _warm_up(
     return result
 
 
-def _guard_status(_worker: Any) -> dict[str, Any]:
+def _guard_status(worker: Any) -> dict[str, Any]:
     """Return what this worker can say of itself; called through `collective_rpc`."""
     state = context.get()
     return {
         "role": "worker",
+        "rank": worker.rank,
         "fingerprint": state.fingerprint,
         "hooks": [str(guard.hook_point) for guard in ops.bound()],
         "ready": state.rows is not None,

@@ -52,6 +52,7 @@ def serve(model: str, policy: Path, arguments: Sequence[str]) -> None:
 
     vllm_guard.register()
     args = _parse(model, arguments)
+    compat.check_frontend(args)
     server.read_keys(args, policy_file)
     config = _make_config(args)
     compat.check_engine(config)

@@ -5,21 +5,29 @@ Readings ride on the messages that carry the tokens they belong to, so they cann
 arrive late, twice, or at the wrong server.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CARRIER_KEY", "Progress", "RequestReadings", "StepReadings", "attach"]
+from guard.pipeline import Marks
+
+__all__ = [
+    "CARRIER_KEY",
+    "Progress",
+    "RequestReadings",
+    "Span",
+    "StepReadings",
+    "attach",
+]
 
 CARRIER_KEY = "guard"
 """Key of a progress in `EngineCoreOutput.kv_transfer_params`, the one dict field that
 vLLM carries from the engine core to the API server."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestReadings:
+class RequestReadings(NamedTuple):
     """What the worker read on consecutive positions of one request."""
 
     first: int
@@ -32,8 +40,45 @@ class RequestReadings:
     """Rows computed in this step that passed every hook."""
 
 
-StepReadings = dict[str, RequestReadings]
-"""By request id, for every request of a step."""
+class Span(NamedTuple):
+    """Where one request's rows lie in a step's table."""
+
+    first: int
+    """Position of the first one."""
+    start: int
+    end: int
+    guarded: int
+    """As in `RequestReadings`."""
+
+
+class StepReadings(Mapping[str, RequestReadings]):
+    """The readings of every request of a step, by request id.
+
+    One table for all of them, so that it costs little to send.
+    """
+
+    def __init__(self, table: npt.NDArray[np.int32], spans: dict[str, Span]) -> None:
+        """Cut nothing up yet.
+
+        Args:
+            table: Rows of `StepBuffers.readings`.
+            spans: Which of them are whose.
+        """
+        self._table = table
+        self._spans = spans
+
+    def __getitem__(self, request_id: str) -> RequestReadings:
+        first, start, end, guarded = self._spans[request_id]
+        rows = self._table[start:end]
+        scores = rows[:, : -len(Marks._fields)].view(np.float32)
+        clamped = rows[:, -len(Marks._fields)]
+        return RequestReadings(first, scores, clamped, guarded)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
 
 
 class Progress(NamedTuple):
@@ -54,8 +99,11 @@ class Progress(NamedTuple):
 def attach(output: Any, readings: StepReadings, seconds: list[float]) -> None:
     """Let a model runner's output carry the readings of its step.
 
-    Asynchronous outputs wrap the one that is sent to the engine core.
+    An asynchronous output wraps the one that is sent to the engine core; the two
+    runners call it differently.
     """
-    inner = getattr(output, "_model_runner_output", output)
+    inner = output
+    for name in ("_model_runner_output", "model_runner_output"):
+        inner = getattr(output, name, inner)
     inner.guard = readings
     inner.guard_seconds = seconds

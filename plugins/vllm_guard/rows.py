@@ -4,7 +4,7 @@ Runs in the worker, on the host. This is the core; `runner_v1` and `runner_v2` a
 adapters to vLLM's two model runners, which know the rows at different moments.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from guard.pipeline import StepBuffers
+from guard.pipeline import Marks, StepBuffers
 from guard.policy import MAX_RULES
-from vllm_guard.readings import RequestReadings, StepReadings
+from vllm_guard.readings import Span, StepReadings
 
 __all__ = ["SLOT_KEY", "StepRequest", "StepRows", "slot_of", "slots_of_positions"]
 
 SLOT_KEY = "guard_slot"
 """Key of the policy slot in `extra_args`, set by the engine core and by nobody else."""
+_FIRED = Marks._fields.index("fired") - len(Marks._fields)
+_VISITS = Marks._fields.index("visits") - len(Marks._fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,8 @@ class StepRows:
         self.default_slot = default_slot
         self.kv_group = 0
         """Group of KV blocks beside which readings are kept; holds every position."""
-        self._num_hooks = num_hooks
+        self.num_hooks = num_hooks
+        """Hooks every row must pass."""
         self._requests: list[StepRequest] = []
         self._kv_slots: Tensor | None = None
         self._index: dict[str, int] = {}
@@ -71,14 +74,25 @@ class StepRows:
         self._host = torch.zeros(
             step.rows_in.shape, dtype=step.rows_in.dtype, pin_memory=pinned
         )
-        self._kept_scores: Tensor | None = None
-        self._kept_marks: Tensor | None = None
+        self._kept: Tensor | None = None
 
     def allocate_column(self, num_kv_slots: int) -> None:
         """Allocate the readings that are kept beside `num_kv_slots` KV slots."""
-        like = self.step
-        self._kept_scores = like.scores.new_zeros(num_kv_slots, like.scores.shape[1])
-        self._kept_marks = like.marks.new_zeros(num_kv_slots, 2)
+        width = self.step.readings.shape[1]
+        self._kept = self.step.readings.new_zeros(num_kv_slots, width)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]], block_size: int) -> None:
+        """Take the readings along where vLLM copies KV blocks, as it does on a write.
+
+        Args:
+            copies: Block that is read and block that is written, of each copy.
+            block_size: KV slots of a block.
+        """
+        if self._kept is None or not copies:
+            return
+        source, target = torch.tensor(copies, device=self._kept.device).T
+        blocks = self._kept.unflatten(0, (-1, block_size))
+        blocks[target] = blocks[source]
 
     def begin(
         self,
@@ -92,43 +106,56 @@ class StepRows:
             requests: In the order of their rows.
             kv_slots: KV slot of each row, on the device, `[num_tokens]`.
         """
-        self._requests = list(requests)
+        self._requests = requests = list(requests)
         self._kv_slots = kv_slots
-        rows = self._host.numpy()
-        row = 0
-        for request in self._requests:
-            index = self._claim(request)
-            share = rows[row : row + request.num_rows]
-            share[:] = request.slot, index, row
+        indices = self._claim(requests)
+        counts = np.array([request.num_rows for request in requests], dtype=np.int64)
+        starts = counts.cumsum() - counts
+        slots = [request.slot for request in requests]
+        whose = np.array([slots, indices, starts], dtype=np.int64).T
+        num_rows, host = int(counts.sum()), self._host.numpy()
+        host[:num_rows] = np.repeat(whose, counts, axis=0)
+        for request, start in zip(requests, starts, strict=True):
             if request.starts_with_bos and request.first == 0:
-                share[0, 0] = 0
-            row += request.num_rows
+                host[start, 0] = 0
         # A dummy pass, between the steps of idle data-parallel ranks, leaves visits.
-        self.step.marks[:row].zero_()
-        self.step.rows_in[:row].copy_(self._host[:row], non_blocking=True)
+        self.step.marks[:num_rows].zero_()
+        self.step.rows_in[:num_rows].copy_(self._host[:num_rows], non_blocking=True)
 
-    def _claim(self, request: StepRequest) -> int:
-        """Return the request's place in the sticky state, fresh on admission."""
-        index = self._index.get(request.id)
-        if index is None:
-            index = self._index[request.id] = self._free.pop()
-        if request.admitted or self.rewinds(request.id, request.first):
-            self.step.state[index].zero_()
-            self._restore_sticky(request, index)
-        self._end[request.id] = request.first + request.num_rows
-        return index
+    def _claim(self, requests: Sequence[StepRequest]) -> list[int]:
+        """Return each request's place in the sticky state, fresh on admission."""
+        indices, fresh = [], []
+        for request in requests:
+            index = self._index.get(request.id)
+            if index is None:
+                index = self._index[request.id] = self._free.pop()
+            if request.admitted or self.rewinds(request.id, request.first):
+                fresh.append((request, index))
+            self._end[request.id] = request.first + request.num_rows
+            indices.append(index)
+        if fresh:
+            self._restore_sticky(fresh)
+        return indices
 
     def rewinds(self, request_id: str, first: int) -> bool:
         """Whether a request goes on before its last row: drafts were rejected."""
         return first < self._end.get(request_id, 0)
 
-    def _restore_sticky(self, request: StepRequest, index: int) -> None:
-        if request.prefix_slots is None or self._kept_marks is None:
+    def _restore_sticky(self, fresh: Sequence[tuple[StepRequest, int]]) -> None:
+        """Let those who begin anew remember what their cached prefix showed."""
+        state = self.step.state
+        indices = np.array([index for _, index in fresh], dtype=np.int64)
+        state.index_fill_(0, self._on_device(indices), 0)
+        prefixes = [(r.prefix_slots, i) for r, i in fresh if r.prefix_slots is not None]
+        if not prefixes or self._kept is None:
             return
-        fired = self._kept_marks[self._on_device(request.prefix_slots), 1]
+        slots = np.concatenate([slots for slots, _ in prefixes])
+        owners = np.repeat([i for _, i in prefixes], [len(s) for s, _ in prefixes])
+        fired = self._kept[self._on_device(slots), _FIRED]
         bits = 1 << torch.arange(MAX_RULES, device=fired.device, dtype=torch.int32)
-        met = (fired[:, None] & bits).ne(0).any(0)
-        self.step.state[index] = met.to(self.step.state.dtype)
+        met = (fired[:, None] & bits).ne(0).to(state.dtype)
+        owner = self._on_device(owners)[:, None].expand_as(met)
+        state.scatter_reduce_(0, owner, met, "amax")
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Free the places of requests that finished, or that were preempted.
@@ -141,44 +168,64 @@ class StepRows:
             if index is not None:
                 self._free.append(index)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the step that belong to a request."""
+        return sum(request.num_rows for request in self._requests)
+
     def finish(self) -> StepReadings:
         """Return the step's readings and leave every row to nobody."""
-        num_tokens = sum(request.num_rows for request in self._requests)
-        scores, marks = self.step.scores[:num_tokens], self.step.marks[:num_tokens]
-        if self._kv_slots is not None and self._kept_scores is not None:
-            self._kept_scores[self._kv_slots] = scores
-            self._kept_marks[self._kv_slots] = marks[:, :2]  # type: ignore[index]
-        host_scores, host_marks = (
-            scores.cpu().numpy().copy(),
-            marks.cpu().numpy().copy(),
-        )
-        readings, row = {}, 0
-        for request in self._requests:
+        num_rows = self.num_rows
+        read = self.step.readings[:num_rows]
+        if self._kv_slots is not None and self._kept is not None:
+            self._kept[self._kv_slots] = read
+        own = read.to("cpu", copy=True).numpy()
+        prefixes = self._read_prefixes()
+        spans, pieces, row, end = {}, [], 0, 0
+        for request, guarded in zip(self._requests, self._count(own), strict=True):
             share = slice(row, row + request.num_rows)
-            readings[request.id] = self._read(
-                request, host_scores[share], host_marks[share]
+            prefix = prefixes.get(request.id)
+            if prefix is not None:
+                pieces.append(prefix)
+            pieces.append(own[share])
+            length = request.num_rows + (0 if prefix is None else len(prefix))
+            spans[request.id] = Span(
+                first=request.first if prefix is None else 0,
+                start=end,
+                end=end + length,
+                guarded=guarded,
             )
-            row += request.num_rows
-        self._forget(num_tokens)
-        return readings
+            row, end = share.stop, end + length
+        self._forget(num_rows)
+        return StepReadings(np.concatenate(pieces) if prefixes else own, spans)
 
-    def _read(
-        self,
-        request: StepRequest,
-        scores: npt.NDArray[np.float32],
-        marks: npt.NDArray[np.int32],
-    ) -> RequestReadings:
-        first, clamped = request.first, marks[:, 0]
-        guarded = int((marks[:, 2] == self._num_hooks).sum())
-        kept = request.prefix_slots if request.admitted else None
-        if kept is not None and self._kept_scores is not None:
-            # After the step: a neighbour may have computed this prefix within it.
-            slots = self._on_device(kept)
-            kept_marks = self._kept_marks[slots, 0]  # type: ignore[index]
-            scores = np.concatenate([self._kept_scores[slots].cpu().numpy(), scores])
-            clamped = np.concatenate([kept_marks.cpu().numpy(), clamped])
-            first = 0
-        return RequestReadings(first, scores, clamped, guarded)
+    def _count(self, own: npt.NDArray[np.int32]) -> list[int]:
+        """Return how many rows of each request passed every hook."""
+        if not self._requests:
+            return []
+        ends = np.cumsum([request.num_rows for request in self._requests])
+        passed = (own[:, _VISITS] == self.num_hooks).astype(np.int64)
+        counts: list[int] = np.add.reduceat(passed, [0, *ends[:-1]]).tolist()
+        return counts
+
+    def _read_prefixes(self) -> dict[str, npt.NDArray[np.int32]]:
+        """Return the readings kept for the prefix of each request just admitted.
+
+        After the step: a neighbour may have computed this prefix within it.
+        """
+        if self._kept is None:
+            return {}
+        found = {
+            request.id: request.prefix_slots
+            for request in self._requests
+            if request.admitted and request.prefix_slots is not None
+        }
+        if not found:
+            return {}
+        slots = self._on_device(np.concatenate(list(found.values())))
+        kept = self._kept[slots].cpu().numpy()
+        ends = np.cumsum([len(slots) for slots in found.values()])
+        return dict(zip(found, np.split(kept, ends[:-1]), strict=True))
 
     def _on_device(self, slots: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(slots).to(self.step.marks.device)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from guard.errors import EngineError
-from vllm_guard import context, ops
+from vllm_guard import context, ops, ranks
 from vllm_guard.patch import wrap
 from vllm_guard.readings import attach
 from vllm_guard.rows import StepRequest, StepRows, slot_of, slots_of_positions
@@ -36,11 +36,16 @@ def install() -> None:
 def _update_states(
     original: Callable[..., Any], runner: Any, scheduler_output: Any
 ) -> Any:
-    """Free the places of those who left; a step without tokens says so too."""
+    """Free the places of those who left; a step without tokens says so too.
+
+    A hybrid model's partial prefix hits are copied to blocks of their own.
+    """
     rows = context.get().rows
     if rows is not None:
         rows.release(scheduler_output.finished_req_ids)
         rows.release(scheduler_output.preempted_req_ids or ())
+        table = runner.input_batch.block_table.block_tables[rows.kv_group]
+        rows.copy_blocks(scheduler_output.kv_cache_block_copies or (), table.block_size)
     return original(runner, scheduler_output)
 
 
@@ -157,5 +162,6 @@ def sample_tokens(
     output = original(runner, *args, **kwargs)
     rows = context.get().rows
     if ran and rows is not None:
+        ranks.agree(rows)
         attach(output, rows.finish(), ops.take_seconds())
     return output

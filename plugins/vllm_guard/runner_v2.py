@@ -52,6 +52,8 @@ def _add_requests(
         if not hasattr(runner, "guard_known"):
             runner.guard_known = {}
         _remember(runner.guard_known, scheduler_output, rows, bos)
+        copies = scheduler_output.kv_cache_block_copies or ()
+        rows.copy_blocks(copies, _block_size(runner, rows))
     return original(runner, scheduler_output)
 
 
@@ -86,9 +88,8 @@ def _prepare_inputs(
     batch = original(runner, scheduler_output, *args, **kwargs)
     rows = context.get().rows
     if rows is not None:
-        group = runner.kv_cache_config.kv_cache_groups[rows.kv_group]
         requests, kv_slots = _list_requests(
-            runner.guard_known, batch, group.kv_cache_spec.block_size
+            runner.guard_known, batch, _block_size(runner, rows), rows
         )
         rows.begin(
             requests,
@@ -97,8 +98,13 @@ def _prepare_inputs(
     return batch
 
 
+def _block_size(runner: Any, rows: StepRows) -> int:
+    group = runner.kv_cache_config.kv_cache_groups[rows.kv_group]
+    return int(group.kv_cache_spec.block_size)
+
+
 def _list_requests(
-    known_requests: dict[str, _Known], batch: Any, block_size: int
+    known_requests: dict[str, _Known], batch: Any, block_size: int, rows: StepRows
 ) -> tuple[list[StepRequest], npt.NDArray[np.int64]]:
     """Read whose rows the step has, and their KV slots, from an `InputBatch`."""
     requests, kv_slots = [], []
@@ -107,8 +113,11 @@ def _list_requests(
         first = int(batch.num_computed_tokens_np[index])
         num_rows = int(batch.num_scheduled_tokens[index])
         blocks = np.array(known.block_ids, dtype=np.int64)
-        slots = slots_of_positions(blocks, np.arange(first + num_rows), block_size)
-        kv_slots.append(slots[first:])
+        stands_on = known.admitted or rows.rewinds(request_id, first)
+        begin = 0 if stands_on else first
+        positions = np.arange(begin, first + num_rows)
+        slots = slots_of_positions(blocks, positions, block_size)
+        kv_slots.append(slots[first - begin :])
         requests.append(
             StepRequest(
                 id=request_id,
@@ -117,7 +126,7 @@ def _list_requests(
                 num_rows=num_rows,
                 starts_with_bos=known.starts_with_bos,
                 admitted=known.admitted,
-                prefix_slots=slots[:first] if known.admitted and first else None,
+                prefix_slots=slots[:first] if stands_on and first else None,
             )
         )
         known.admitted = False

@@ -22,11 +22,12 @@ from vllm_guard.rows import StepRows
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["check_canary", "check_hooks_ran", "check_stream"]
+__all__ = ["NUM_ROWS", "check_canary", "check_hooks_ran", "check_stream"]
 
 logger = logging.getLogger(__name__)
 
-_ROWS = 8
+NUM_ROWS = 8
+"""Of each pass of the self-test."""
 _TOLERANCE = 0.05
 """Share of the stream's norm that rounding may explain, in bf16; a wrong convention
 changes it by as much as the stream itself."""
@@ -67,7 +68,7 @@ def check_stream(
     hidden_size = config.model_config.get_hidden_size()
     parameter = next(layer.parameters())
     first, second, moved = torch.randn(
-        3, _ROWS, hidden_size, generator=torch.Generator().manual_seed(0)
+        3, NUM_ROWS, hidden_size, generator=torch.Generator().manual_seed(0)
     ).to(device=parameter.device, dtype=config.model_config.dtype)
     one = _run_layer(layer, first, second, config)
     other = _run_layer(layer, first + moved, second - moved, config)
@@ -86,11 +87,11 @@ def _run_layer(
 ) -> Tensor:
     from vllm.forward_context import set_forward_context
 
-    positions = torch.arange(_ROWS, device=hidden_states.device)
+    positions = torch.arange(NUM_ROWS, device=hidden_states.device)
     with (
         torch.inference_mode(),
         _silent_attention(layer),
-        set_forward_context(None, config, num_tokens=_ROWS),
+        set_forward_context(None, config, num_tokens=NUM_ROWS),
     ):
         output = layer(
             positions=positions,
@@ -147,12 +148,12 @@ def check_canary(guard: Guard, policy_file: PolicyFile, *, dtype: torch.dtype) -
 
 
 def _make_canary(guard: Guard) -> Tensor:
-    """Return rows in which the latents that matter are active, `[_ROWS, d_model]`."""
+    """Return rows in which the latents that matter are active, `[rows, d_model]`."""
     rows = []
     for part in guard.dictionaries:
         sae, latents = part.sae, part.clamp.columns
         generator = torch.Generator().manual_seed(0)
-        weights = torch.rand(_ROWS, len(latents), generator=generator)
+        weights = torch.rand(NUM_ROWS, len(latents), generator=generator)
         directions = sae.directions(latents)
         gain = (directions * sae.W_enc[:, latents].T).sum(1).abs().clamp(min=1e-3)
         reach = (sae.threshold[latents] - sae.b_enc[latents]).clamp(min=0) + 1.0
@@ -171,8 +172,8 @@ def check_hooks_ran(runner: Any, rows: StepRows | None) -> None:
         message = "The model was loaded without the guard; expected its hooks in place."
         raise EngineError(message)
     rows.clear()
-    runner._dummy_run(_ROWS)
-    visits = rows.step.marks_of(_ROWS).visits.tolist()
+    runner._dummy_run(NUM_ROWS)
+    visits = rows.step.marks_of(NUM_ROWS).visits.tolist()
     expected = len(ops.bound())
     if any(visit != expected for visit in visits):
         message = (

@@ -319,6 +319,11 @@ async def check_engines(client: Any) -> None:
                 "its engine core and its workers to be guarded."
             )
             raise EngineError(message)
+        ranks = sorted(a["rank"] for a in answers if a["role"] == "worker")
+        wanted = list(range(answers[-1]["world_size"]))
+        if ranks != wanted:
+            message = f"Engine {number} answers for ranks {ranks}; expected {wanted}."
+            raise EngineError(message)
         if any(answer["fingerprint"] != expected for answer in answers):
             message = f"Engine {number} runs another policy file; expected {expected}."
             raise EngineError(message)

@@ -16,7 +16,18 @@ _SLOW_SECONDS = 0.02
 
 
 def is_on(fault: str) -> bool:
+    """Whether a fault is on here: everywhere, or on the second rank alone."""
+    if (_FOLDER / f"{fault}-on-rank-1").exists():
+        return _rank() == 1
     return (_FOLDER / fault).exists()
+
+
+def _rank() -> int:
+    from vllm.distributed import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return 0
+    return parallel_state.get_tensor_model_parallel_rank()
 
 
 # vLLM loads this plugin before the guard's: its folder comes first on the path.
@@ -34,6 +45,7 @@ def register() -> None:
     switch(hook, "_hook_layer", fault="no-hooks")
     switch(Guard, "forward", fault="op-stops")
     switch(runner_v1, "attach", fault="readings-lost")
+    switch(runner_v1, "slots_of_positions", fault="scores-lost")
     switch(engine, "_tell", fault="verdicts-lost")
     delay(runner_v1, "list_requests", fault="slow-steps")
     if is_on("file-changes") and not _IS_API_SERVER:

@@ -186,6 +186,7 @@ def test_headers_name_the_request_its_policy_and_what_was_decided(
         ("open", 400, "guard"),
         ([], 400, "guard"),
         ({"drill": "fire"}, 400, "guard.drill"),
+        ({"path": "saes/mine.safetensors"}, 400, "guard.path"),
     ],
 )
 @pytest.mark.parametrize("ask", [chat, complete])

@@ -79,6 +79,7 @@ CASES: dict[str, tuple[list[str], dict[str, str], str]] = {
         {},
         "(--kv-transfer-config)",
     ),
+    "headless": (["--headless"], {}, "(--headless)"),
     "development": ([], {"VLLM_SERVER_DEV_MODE": "1"}, "(VLLM_SERVER_DEV_MODE)"),
     "lora": (
         [],

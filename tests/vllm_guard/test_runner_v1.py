@@ -62,6 +62,7 @@ def make_output(
         "scheduled_cached_reqs": SimpleNamespace(resumed_req_ids=set(resumed)),
         "finished_req_ids": set(),
         "preempted_req_ids": None,
+        "kv_cache_block_copies": None,
     }
     return SimpleNamespace(**(wanted | values))
 
@@ -133,7 +134,11 @@ def test_a_step_without_tokens_still_frees_places(rows: StepRows, field: str) ->
         runner_v1._update_states(lambda *_: None, runner, gone)
 
 
-def test_readings_ride_on_the_output_of_the_step(rows: StepRows) -> None:
+def test_readings_ride_on_the_output_of_the_step(
+    rows: StepRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(runner_v1.ranks, "agree", asked.append)
     runner = FakeRunner()
     runner.put("a", first=0, start=9, blocks=[0])
     prepare(runner, make_output(new=("a",)), [2])
@@ -145,6 +150,82 @@ def test_readings_ride_on_the_output_of_the_step(rows: StepRows) -> None:
     outer = SimpleNamespace(_model_runner_output=inner)
     assert runner_v1.sample_tokens(lambda *_: outer, runner, None) is outer
     assert list(inner.guard) == ["a"]
+    assert asked == [rows, rows]
+
+
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_readings_come_out_of_an_asynchronous_output(
+    runner: str, rows: StepRows
+) -> None:
+    """vLLM's own classes, as they are once the device has copied everything."""
+    outer: Any = make_async_output(runner)
+    runner_v1.attach(outer, {"a": "readings"}, [0.5])  # type: ignore[dict-item]
+    sent = outer.get_output()
+    assert sent.sampled_token_ids == [[7]]
+    assert sent.guard == {"a": "readings"}
+    assert sent.guard_seconds == [0.5]
+
+
+def make_async_output(runner: str) -> Any:
+    """Return what a runner's `sample_tokens` returns on a GPU, without one."""
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.worker.gpu.async_utils import AsyncOutput
+    from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput
+
+    inner = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+    event = SimpleNamespace(synchronize=lambda: None)
+    if runner == "V1":
+        fields = {
+            "_model_runner_output": inner,
+            "_invalid_req_indices": [],
+            "_logprobs_tensors": None,
+            "_logprobs_tensors_cpu": None,
+            "_num_nans": None,
+            "_num_nans_cpu": None,
+            "_has_fault": None,
+            "_sampled_token_ids": torch.tensor([[7]]),
+            "sampled_token_ids_cpu": torch.tensor([[7]]),
+            "async_copy_ready_event": event,
+        }
+        outer: Any = object.__new__(AsyncGPUModelRunnerOutput)
+    else:
+        fields = {
+            "model_runner_output": inner,
+            "sampled_token_ids": np.array([[7, -1]]),
+            "num_sampled_tokens_np": np.array([1]),
+            "sampling_mask_tensors": None,
+            "num_nans": None,
+            "logprobs_tensors": None,
+            "prompt_logprobs_dict": {},
+            "prompt_token_id_logprobs_dict": {},
+            "pending_aux_output": None,
+            "_has_fault": None,
+            "copy_event": event,
+        }
+        outer = object.__new__(AsyncOutput)
+    vars(outer).update(fields)
+    return outer
+
+
+def test_readings_go_along_where_blocks_are_copied(rows: StepRows) -> None:
+    rows.allocate_column(16 * BLOCK_SIZE)
+    runner = FakeRunner()
+    runner.put("a", first=0, start=9, blocks=[3])
+    runner.table.slot_mapping.gpu[:4] = torch.arange(12, 16)
+    prepare(runner, make_output(new=("a",)), [4])
+    rows.step.scores[:4, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    rows.step.marks[1, 0] = 0b1
+    rows.finish()
+    runner = FakeRunner()
+    runner.put("b", first=3, start=9, blocks=[5])
+    runner.table.slot_mapping.gpu[0] = 23
+    output = make_output(new=("b",), kv_cache_block_copies=[(3, 5)])
+    runner_v1._update_states(lambda *_: None, runner, output)
+    prepare(runner, output, [1])
+    rows.step.scores[0, 0] = 9.0
+    read = rows.finish()["b"]
+    assert read.scores[:, 0].tolist() == [1.0, 2.0, 3.0, 9.0]
+    assert read.clamped.tolist() == [0, 0b1, 0, 0]
 
 
 def test_an_empty_step_carries_nothing(rows: StepRows) -> None:
@@ -170,8 +251,8 @@ def test_readings_are_kept_beside_every_kv_slot(rows: StepRows) -> None:
     runner_v1.initialize_kv_cache(lambda *_: None, FakeRunner(), config)
     # A window gives blocks back, and with them what is kept beside them.
     assert rows.kv_group == 1
-    assert rows._kept_scores is not None
-    assert len(rows._kept_scores) == 7 * BLOCK_SIZE
+    assert rows._kept is not None
+    assert len(rows._kept) == 7 * BLOCK_SIZE
 
 
 @pytest.mark.usefixtures("rows")
@@ -232,4 +313,76 @@ def test_the_first_runner_still_is_what_the_adapter_was_written_for(
         assert f"self.{name} = " in source
     fields = set(SchedulerOutput.__dataclass_fields__)
     assert fields >= {"finished_req_ids", "preempted_req_ids", "scheduled_new_reqs"}
+    assert "kv_cache_block_copies" in fields
     assert "resumed_req_ids" in CachedRequestData.__dataclass_fields__
+
+
+def test_an_idle_data_parallel_step_goes_through_the_dummy_pass() -> None:
+    """Only models with experts step in lockstep, and no CPU can run those so."""
+    from vllm.v1.engine.core import DPEngineCoreProc
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert "self.execute_dummy_batch()" in inspect.getsource(DPEngineCoreProc)
+    assert CPUWorker.execute_dummy_batch is Worker.execute_dummy_batch
+    assert "self.model_runner._dummy_run(" in inspect.getsource(
+        Worker.execute_dummy_batch
+    )
+    body = inspect.getsource(GPUModelRunner._dummy_run)
+    assert "_prepare_inputs(" not in body
+    assert "sample_tokens(" not in body
+
+
+def test_a_step_between_two_idle_ones_is_read_as_if_they_were_not(
+    rows: StepRows,
+) -> None:
+    runner = FakeRunner()
+    runner.put("a", first=0, start=9, blocks=[0])
+
+    def pass_through(_runner: object, num_tokens: int) -> None:
+        rows.step.marks_of(num_tokens).visits.add_(1)
+        assert not rows.step.rows_in.any()
+
+    runner_v1.dummy_run(pass_through, runner, 8)
+    prepare(runner, make_output(new=("a",)), [2])
+    rows.step.marks_of(2).visits.add_(1)
+    read = rows.finish()["a"]
+    assert (read.guarded, read.first) == (2, 0)
+    runner_v1.dummy_run(pass_through, runner, 8)
+    prepare(runner, make_output(), [2])
+    assert rows.finish()["a"].guarded == 0
+
+
+def test_asynchronous_scheduling_ends_where_the_guard_looks() -> None:
+    """Tokens reach the engine core with their readings, and before anything stops."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.executor.multiproc_executor import WorkerProc
+
+    assert AsyncScheduler.update_from_output is Scheduler.update_from_output
+    assert "output = output.get_output()" in inspect.getsource(
+        WorkerProc.enqueue_output
+    )
+    body = inspect.getsource(Scheduler.update_from_output)
+    steps = [
+        # A request that was blocked a step ago has a step in flight: it is dropped.
+        "request is None or request.is_finished()",
+        "_update_request_with_output(",
+        "logprobs.slice_request(req_index, len(new_token_ids))",
+        "prompt_logprobs_dict.get(req_id)",
+        "EngineCoreOutput(",
+    ]
+    found = [body.index(step) for step in steps]
+    assert found == sorted(found)
+
+
+def test_only_the_first_rank_answers_for_a_step() -> None:
+    """Why the ranks must agree among themselves: see `vllm_guard.ranks`."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
+
+    assert "unique_reply_rank=self.output_rank" in inspect.getsource(
+        MultiprocExecutor.sample_tokens
+    )
+    body = inspect.getsource(WorkerProc._execute_worker_rpc)
+    assert "output_rank is None or self.rank == output_rank" in body

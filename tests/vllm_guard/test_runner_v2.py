@@ -58,7 +58,14 @@ def run_step(
             req_ids=list(known),
             new_block_ids=[None if ids is None else (ids,) for ids in known.values()],
         ),
-        **({"finished_req_ids": set(), "preempted_req_ids": None} | values),
+        **(
+            {
+                "finished_req_ids": set(),
+                "preempted_req_ids": None,
+                "kv_cache_block_copies": None,
+            }
+            | values
+        ),
     )
     runner_v2._add_requests(lambda *_: None, RUNNER, output)
     if not rows_of:
@@ -116,6 +123,34 @@ def test_a_preempted_request_comes_back_as_a_new_one(rows: StepRows) -> None:
     assert rows._kv_slots.tolist() == [16, 17, 18]
 
 
+def test_rejected_drafts_take_their_conditions_back_and_no_others(
+    rows: StepRows,
+) -> None:
+    run_step(new=[make_data("a", [5] * 3, [3])], rows_of={"a": (0, 3)})
+    rows.step.marks[1, 1] = 0b1
+    compute(rows, [1.0, 2.0, 3.0])
+    # Two drafts: at the second one, rejected later, another condition is met.
+    run_step(cached={"a": [7]}, rows_of={"a": (3, 3)})
+    place = rows.step.rows_in[0, 1]
+    rows.step.state[place, :2] = 1
+    rows.step.marks[2, 1] = 0b10
+    compute(rows, [4.0, 5.0, 6.0])
+    run_step(cached={"a": None}, rows_of={"a": (5, 1)})
+    assert rows.step.state[place, :3].tolist() == [1, 0, 0]
+    assert compute(rows, [7.0]) == {"a": [7.0]}
+
+
+def test_readings_go_along_where_blocks_are_copied(rows: StepRows) -> None:
+    run_step(new=[make_data("a", [5] * 5, [3, 7])], rows_of={"a": (0, 5)})
+    compute(rows, [1.0, 2.0, 3.0, 4.0, 5.0])
+    run_step(
+        new=[make_data("b", [5] * 6, [3, 8])],
+        rows_of={"b": (5, 1)},
+        kv_cache_block_copies=[(7, 8)],
+    )
+    assert compute(rows, [9.0]) == {"b": [1.0, 2.0, 3.0, 4.0, 5.0, 9.0]}
+
+
 def test_places_are_freed_by_steps_without_tokens_too(rows: StepRows) -> None:
     for number in range(9):
         name = f"r{number}"
@@ -141,6 +176,7 @@ def test_the_second_runner_still_is_what_the_adapter_was_written_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -176,4 +212,22 @@ def test_the_second_runner_still_is_what_the_adapter_was_written_for(
     fields = set(NewRequestData.__dataclass_fields__)
     assert fields >= {"req_id", "sampling_params", "block_ids", "prefill_token_ids"}
     assert "prompt_embeds" in fields
-    assert "preempted_req_ids" in SchedulerOutput.__dataclass_fields__
+    fields = set(SchedulerOutput.__dataclass_fields__)
+    assert fields >= {"preempted_req_ids", "kv_cache_block_copies"}
+    # What was preempted comes back to it as a new request.
+    scheduling = inspect.getsource(Scheduler.schedule)
+    at = scheduling.index("if self.use_v2_model_runner:")
+    assert "scheduled_new_reqs.extend(scheduled_resumed_reqs)" in scheduling[at:]
+
+
+def test_an_idle_data_parallel_step_goes_through_the_dummy_pass() -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert "self.model_runner._dummy_run(" in inspect.getsource(
+        Worker.execute_dummy_batch
+    )
+    # It reaches the model without `add_requests` and `prepare_inputs`.
+    assert "dummy_run=True" in inspect.getsource(GPUModelRunner._dummy_run)
+    body = inspect.getsource(GPUModelRunner.execute_model)
+    assert "if not dummy_run:" in body[: body.index("self.add_requests(")]
