@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from guard.errors import RequestError
 from guard.http.desk import Admission, Desk
 from guard.http.openai import (
+    check_sendable,
     count_choices,
     error_body,
     parse_body,
@@ -118,6 +119,7 @@ class GuardMiddleware:
     def _admit(self, scope: Scope, body: Mapping[str, Any], kind: Kind) -> Admission:
         refuse_unsupported(body)
         field = read_field(body.get("guard"))
+        check_sendable(body)
         return self._desk.admit(
             field,
             authorization=_authorization(scope),

@@ -4,7 +4,7 @@ Only dicts come in and go out here; nothing in this module does I/O.
 """
 
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 from guard.errors import RequestError
@@ -15,6 +15,7 @@ from guard.verdict import Verdict, worst
 __all__ = [
     "REFUSAL",
     "carries_text",
+    "check_sendable",
     "count_choices",
     "dump_json",
     "error_body",
@@ -32,6 +33,9 @@ MAX_DEPTH = 200
 """How deeply a request body may nest. JSON schemas need some tens of levels."""
 
 _RESERVED = "guard_"
+_OBJECTS = ("vllm_xargs", "structured_outputs")
+"""Fields that are objects. vLLM 0.32 answers 500 where the second is anything else:
+a validator calls its `get`."""
 _ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -101,20 +105,42 @@ def refuse_unsupported(body: Mapping[str, Any]) -> None:
             "'use_beam_search' is not supported by guard yet; expected false.",
             param="use_beam_search",
         )
-    extra = body.get("vllm_xargs")
-    if extra is None:
-        return
-    if not isinstance(extra, dict):
-        raise RequestError(
-            "'vllm_xargs' is not an object; expected names with flat values.",
-            param="vllm_xargs",
-        )
-    if any(key.startswith(_RESERVED) for key in extra):
+    for name in _OBJECTS:
+        if not isinstance(body.get(name), dict | None):
+            raise RequestError(
+                f"'{name}' is not an object; expected names with values.", param=name
+            )
+    if any(key.startswith(_RESERVED) for key in body.get("vllm_xargs") or {}):
         raise RequestError(
             f"Keys of 'vllm_xargs' that begin with '{_RESERVED}' are the server's; "
             "expected none, and 'guard.policy' to choose a policy.",
             param="vllm_xargs",
         )
+
+
+def check_sendable(body: Mapping[str, Any]) -> None:
+    """Refuse what JSON can say and the engine core cannot be sent.
+
+    MessagePack has neither half a surrogate pair nor an integer beyond 64 bits. vLLM
+    finds out when the request is on its way, and answers 500.
+
+    Raises:
+        RequestError: The body holds one of them.
+    """
+    try:
+        for value in _scalars(body):
+            if isinstance(value, str) and not value.isascii():
+                value.encode()
+            elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+                raise RequestError(
+                    "An integer of the body has more than 64 bits; expected a smaller "
+                    "one."
+                )
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "A string of the body holds half of a surrogate pair; expected whole "
+            "characters."
+        ) from error
 
 
 def seal_body(body: Mapping[str, Any], ticket: str) -> bytes:
@@ -186,6 +212,20 @@ def _count_prompts(body: Mapping[str, Any]) -> int:
         elif isinstance(prompt, str):
             count += 1
     return count or 1
+
+
+def _scalars(body: object) -> Iterator[object]:
+    """Yield every key, and every value that is no container."""
+    found = [body]
+    while found:
+        value = found.pop()
+        if isinstance(value, dict):
+            found += value
+            found += value.values()
+        elif isinstance(value, list):
+            found += value
+        else:
+            yield value
 
 
 def _check_depth(body: object) -> None:

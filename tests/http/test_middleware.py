@@ -4,6 +4,7 @@ import json
 import httpx
 import openai
 import pytest
+from malformed import draw_odd, draw_refused
 from prometheus_client import CollectorRegistry
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -95,6 +96,19 @@ async def test_a_refused_request_never_reaches_the_application(
     error = read_error(await ask(client, **body), status)
     assert error["param"] == param
     assert server.bodies == []
+    assert desk._visits == {}
+
+
+async def test_malformed_requests_leave_nothing_behind_and_learn_no_policys_name(
+    client, desk
+):
+    requests = [some for some in draw_refused(1200) + draw_odd(200) if some.body]
+    answers = [
+        await client.post(some.path, content=some.body.replace(b"staff", b"private"))
+        for some in requests
+    ]
+    assert {answer.status_code for answer in answers} == {200, 400, 403}
+    assert not any("private" in answer.text for answer in answers)
     assert desk._visits == {}
 
 

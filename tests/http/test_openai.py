@@ -9,6 +9,7 @@ from guard.http.openai import (
     MAX_DEPTH,
     REFUSAL,
     carries_text,
+    check_sendable,
     count_choices,
     error_body,
     guard_object,
@@ -53,9 +54,32 @@ def test_a_key_that_stands_twice_means_what_was_validated():
     assert json.loads(sealed) == {"n": 1, "vllm_xargs": {"guard_ticket": "t"}}
 
 
-def test_a_lone_surrogate_survives():
-    body = parse_body(b'{"prompt": "\\ud800"}')
-    assert json.loads(seal_body(body, "t"))["prompt"] == "\ud800"
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "\ud800"},
+        {"a": [{"b": "w\udfff"}]},
+        {"a": {"\udead": 1}},
+        {"seed": 2**64},
+        {"a": [[-(2**63) - 1]]},
+    ],
+)
+def test_what_the_engine_core_cannot_be_sent_is_refused(body):
+    with pytest.raises(RequestError, match="expected") as caught:
+        check_sendable(parse_body(json.dumps(body).encode()))
+    assert caught.value.status == 400
+
+
+@given(st.dictionaries(st.text(), json_values))
+def test_whatever_messagepack_can_carry_is_let_through(body):
+    msgspec = pytest.importorskip("msgspec")
+    try:
+        msgspec.msgpack.encode(body)
+    except OverflowError:
+        with pytest.raises(RequestError):
+            check_sendable(body)
+    else:
+        check_sendable(body)
 
 
 def test_xargs_of_the_client_are_kept():
@@ -98,6 +122,7 @@ def test_a_flat_body_of_many_brackets_is_read():
 @pytest.mark.parametrize(
     ("body", "param"),
     [
+        ({"structured_outputs": "x"}, "structured_outputs"),
         ({"vllm_xargs": {"guard_ticket": "x"}}, "vllm_xargs"),
         ({"vllm_xargs": {"guard_": 1, "a": 2}}, "vllm_xargs"),
         ({"vllm_xargs": {"guard_slot": 0}}, "vllm_xargs"),
