@@ -324,6 +324,10 @@ class Watch:
         block = min((one.block_position for one in self._running), default=math.inf)
         self.block_position = int(block) if block < math.inf else None
 
+    def skip(self, positions: int) -> None:
+        """Go on behind positions whose scores nobody knows; they are never judged."""
+        self.tokens_seen += positions
+
     def _observe_token(self, scores: Sequence[float], clamped: int) -> None:
         for running in self._all:
             running.observe_token(scores[running.column], self.tokens_seen)

@@ -3,16 +3,24 @@
 Public: whoever writes a policy, a score or an engine can use them too.
 """
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from guard.sae.config import SaeConfig
 from guard.sae.load import build_sae, save_sae
 from guard.sae.model import Sae
 
-__all__ = ["TOY_WORDS", "make_toy_model", "make_toy_sae", "save_toy_sae"]
+__all__ = [
+    "TOY_WORDS",
+    "make_toy_model",
+    "make_toy_sae",
+    "save_toy_adapter",
+    "save_toy_sae",
+]
 
 TOY_WORDS = [*(f"w{i}" for i in range(112)), *'{}[]":,1']
 """Vocabulary of the toy model, besides its special tokens; it can write some JSON."""
@@ -74,6 +82,49 @@ def make_toy_model(
     )
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
+
+
+def save_toy_adapter(
+    folder: Path,
+    *,
+    num_layers: int = 4,
+    d_model: int = 64,
+    rank: int = 8,
+    scale: float = 0.3,
+    seed: int = 0,
+) -> None:
+    """Write a random LoRA adapter for the toy model, as a PEFT folder.
+
+    Args:
+        folder: Where it goes.
+        num_layers: Decoder layers of the model.
+        d_model: Its hidden size.
+        rank: Of the adapter's update to each query and output projection.
+        scale: Standard deviation of its weights; an adapter of 0 changes nothing.
+        seed: Of the weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    projections = ["q_proj", "o_proj"]
+    tensors = {
+        f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_{half}.weight": (
+            scale * torch.randn(*shape, generator=generator)
+        )
+        for layer in range(num_layers)
+        for name in projections
+        for half, shape in (("A", (rank, d_model)), ("B", (d_model, rank)))
+    }
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": projections,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def toy_sae_parts(

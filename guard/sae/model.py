@@ -141,29 +141,41 @@ class Sae(nn.Module):
             `[num_tokens, d_model]` in fp32, in the units of `resid`.
         """
         latents = encoded.latents
-        rows = None
         if latents.is_cpu and not torch.compiler.is_compiling():
             rows = self._decode_active(latents)
-        if rows is None:
-            rows = torch.addmm(self.b_dec, latents, self.W_dec)
+        else:
+            rows = self._decode_all(latents)
         return rows * encoded.scale + encoded.shift
 
-    def _decode_active(self, latents: Tensor) -> Tensor | None:
-        """Decode from the active latents alone, where they are few.
+    def _decode_all(self, latents: Tensor) -> Tensor:
+        return torch.addmm(self.b_dec, latents, self.W_dec)
 
-        Only on a CPU and untraced, where nothing is captured: the shapes follow values.
+    def _decode_active(self, latents: Tensor) -> Tensor:
+        """Decode rows from their active latents alone, where those are few.
+
+        Each row by itself: a choice for the batch would let its neighbours decide how
+        a row is rounded. Only on a CPU and untraced, where nothing is captured: the
+        shapes follow values.
         """
         token, latent = latents.nonzero(as_tuple=True)
-        if len(token) * _SPARSE_FACTOR > latents.numel():
-            return None
         counts = torch.bincount(token, minlength=len(latents))
-        return self.b_dec + F.embedding_bag(
+        is_dense = counts * _SPARSE_FACTOR > self.d_sae
+        if is_dense.all():
+            return self._decode_all(latents)
+        if is_dense.any():
+            is_few = ~is_dense[token]
+            token, latent = token[is_few], latent[is_few]
+            counts = counts.masked_fill(is_dense, 0)
+        rows = self.b_dec + F.embedding_bag(
             latent,
             self.W_dec,
             counts.cumsum(0) - counts,
             mode="sum",
             per_sample_weights=latents[token, latent],
         )
+        if is_dense.any():
+            rows = torch.where(is_dense[:, None], self._decode_all(latents), rows)
+        return rows
 
     def directions(self, columns: Tensor) -> Tensor:
         """Return what each latent writes, `W_dec[columns]`.

@@ -129,18 +129,20 @@ def _observe(
     drafts = len(
         scheduler_output.scheduled_spec_decode_tokens.get(request.request_id, ())
     )
+    rejected = 0
+    if tokens and drafts:
+        rejected = max(drafts + 1 - _count_until_end(request, tokens), 0)
     if readings is None or readings.guarded < num_rows:
         watched.fault = "unguarded"
         logger.error("A token passed the model without its hooks.")
-    elif readings.first > watched.watch.tokens_seen:
-        watched.fault = "unscored"
-        gap = readings.first - watched.watch.tokens_seen
-        context.get().uncounted["unscored"] += gap
-        logger.error("A token was found in the cache without its scores.")
+        if not watched.is_blocked:
+            watched.watch.skip(num_rows - rejected)
     else:
-        rejected = 0
-        if tokens and drafts:
-            rejected = max(drafts + 1 - _count_until_end(request, tokens), 0)
+        if (gap := readings.first - watched.watch.tokens_seen) > 0:
+            watched.fault = watched.fault or "unscored"
+            context.get().uncounted["unscored"] += gap
+            logger.error("A token was found in the cache without its scores.")
+            watched.watch.skip(gap)
         accepted = len(readings.scores) - rejected
         scores, clamped = readings.scores[:accepted], readings.clamped[:accepted]
         watched.watch.observe(readings.first, scores, clamped)

@@ -231,3 +231,15 @@ def test_encoding_traces_into_one_graph(
 
 def test_a_tuple_of_encoded_parts_is_named() -> None:
     assert Encoded._fields == ("latents", "scale", "shift")
+
+
+def test_a_dense_neighbour_changes_no_bit_of_a_sparse_row() -> None:
+    sae = make_sae("standard", seed=3)
+    latents = torch.zeros(2, D_SAE)
+    latents[0, :3] = torch.tensor([0.3, 1.7, 2.9])
+    ones, zeros = torch.ones(2, 1), torch.zeros(2, 1)
+    alone = sae.decode(Encoded(latents, ones, zeros))[0]
+    latents[1] = torch.linspace(0.1, 3.0, D_SAE)
+    sparse, dense = sae.decode(Encoded(latents, ones, zeros))
+    assert torch.equal(sparse, alone)
+    torch.testing.assert_close(dense, latents[1] @ sae.W_dec + sae.b_dec)

@@ -4,7 +4,8 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -474,3 +475,29 @@ def test_what_the_guard_reads_of_a_request_is_still_there() -> None:
     assert "kv_transfer_params" in EngineCoreOutput.__struct_fields__
     assert callable(Request.is_finished)
     assert callable(Request.take_events)
+
+
+@pytest.mark.parametrize("kind", ["unguarded", "unscored"])
+def test_where_the_operator_lets_it_go_on_the_rest_is_judged(
+    kind: str,
+    write_policy: Callable[..., Path],
+    clean_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    extra = {"unguarded": "on_error: open", "unscored": "unscored: flag"}[kind]
+    monkeypatch.setenv("GUARD_POLICY", str(write_policy(extra)))
+    assert context.enter()
+    scheduler = start(context.get(), prompt_length=3)
+    if kind == "unguarded":
+        (output,) = run_step(scheduler, [1.0] * 3, first=0, tokens=[7], missed=1)
+    else:
+        (output,) = run_step(scheduler, [1.0], first=2, tokens=[7])
+    assert output.new_token_ids == [7]
+    verdict = verdict_of(output)
+    assert (verdict["action"], verdict["reason"]) == ("flag", kind)
+    (output,) = run_step(scheduler, [1.0], first=3, tokens=[8])
+    assert verdict_of(output)["reason"] == kind
+    assert verdict_of(output)["tokens_seen"] == 4
+    (output,) = run_step(scheduler, [1e9], first=4, tokens=[9])
+    assert output.new_token_ids == []
+    assert verdict_of(output)["action"] == "block"

@@ -1,0 +1,229 @@
+"""What the verdict adds to the end of a stream: guarded and not, on the same build.
+
+Two servers of the organism take turns, each stopped while the other answers, and a
+client notes when the chunks of its stream arrive. The verdict travels in the chunk that
+finishes the answer, so nothing should come later for its sake.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import httpx
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.provenance import ROOT, describe_run
+from guard.demo.measure import ORGANISM
+
+__all__ = ["Row", "Server", "Stream"]
+
+RESULTS = ROOT / "benchmarks" / "results" / "streams.json"
+TURN = 25
+"""Streams a server answers before the other one's turn."""
+START_SECONDS = 300
+
+Variant = Literal["unguarded", "guarded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """When a stream's chunks arrived, in milliseconds after the request."""
+
+    tokens: tuple[float, ...]
+    """Chunks with text or a reason to finish."""
+    end: float
+    """The last byte."""
+
+    @property
+    def after_last_token(self) -> float:
+        """From the chunk that finishes the answer to the end of the stream."""
+        return self.end - self.tokens[-1]
+
+    @property
+    def before_last_token(self) -> float:
+        """From the chunk before it to that chunk."""
+        return self.tokens[-1] - self.tokens[-2]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of `rows`, in milliseconds."""
+
+    variant: Variant
+    streams: int
+    tokens_median: int
+    after_last_token_median: float
+    after_last_token_p95: float
+    before_last_token_median: float
+    before_last_token_p95: float
+
+
+class Server:
+    """A server in a process group of its own, stopped while it is not its turn."""
+
+    def __init__(self, variant: Variant, folder: Path) -> None:
+        """Start it; `wait_until_ready` waits until it answers."""
+        self.variant = variant
+        self._port = _find_free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._log = folder / f"{variant}.log"
+        model = str(ORGANISM / "model")
+        module = {
+            "guarded": ["guard", "serve", model],
+            "unguarded": ["vllm.entrypoints.openai.api_server", "--model", model],
+        }[variant]
+        policy = ["--policy", str(ORGANISM / "policy.yaml")]
+        small = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        with self._log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", *module),
+                    *(policy if variant == "guarded" else []),
+                    *("--port", str(self._port), "--host", "127.0.0.1"),
+                    *("--served-model-name", "organism", "--dtype", "float32"),
+                    *("--max-model-len", "256", "--max-num-seqs", "16"),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**small, **os.environ},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Server":
+        """Return it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it and all it started."""
+        for end in (signal.SIGCONT, signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, end)
+            if end != signal.SIGCONT:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=20)
+
+    def wait_until_ready(self) -> None:
+        """Wait until it answers, then stop it.
+
+        Raises:
+            RuntimeError: It did not start.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/v1/models", timeout=10).is_success:
+                    os.killpg(self._process.pid, signal.SIGSTOP)
+                    return
+            time.sleep(0.5)
+        raise RuntimeError(f"{self.variant} did not start:\n{self._log.read_text()}")
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[httpx.Client]:
+        """Let it run, and give a client of it."""
+        os.killpg(self._process.pid, signal.SIGCONT)
+        try:
+            with httpx.Client(base_url=self.url, timeout=60) as client:
+                yield client
+        finally:
+            os.killpg(self._process.pid, signal.SIGSTOP)
+
+
+def _find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def read_stream(client: httpx.Client, prompt: str) -> Stream:
+    """Ask once, and note when what arrives."""
+    body = {
+        "model": "organism",
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": 24,
+        "stream": True,
+    }
+    start = time.perf_counter()
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        tokens = [
+            1e3 * (time.perf_counter() - start)
+            for line in answer.iter_lines()
+            if _is_token(line)
+        ]
+        end = 1e3 * (time.perf_counter() - start)
+    return Stream(tuple(tokens), end)
+
+
+def _is_token(line: str) -> bool:
+    """Whether an event has text, or finishes the answer."""
+    if not line.startswith("data: {"):
+        return False
+    choices = json.loads(line.removeprefix("data: "))["choices"]
+    return any(c["delta"].get("content") or c["finish_reason"] for c in choices)
+
+
+def make_row(variant: Variant, streams: Sequence[Stream]) -> Row:
+    """Sum up what a variant's streams did at their ends."""
+    after = [stream.after_last_token for stream in streams]
+    before = [stream.before_last_token for stream in streams]
+    return Row(
+        variant=variant,
+        streams=len(streams),
+        tokens_median=int(statistics.median(len(s.tokens) for s in streams)),
+        after_last_token_median=round(statistics.median(after), 3),
+        after_last_token_p95=round(_p95(after), 3),
+        before_last_token_median=round(statistics.median(before), 3),
+        before_last_token_p95=round(_p95(before), 3),
+    )
+
+
+def _p95(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=20)[-1]
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Results file.")] = RESULTS,
+    streams: Annotated[int, typer.Option(min=50, help="Per variant.")] = 1000,
+) -> None:
+    """Measure the ends of streams, guarded and not."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    about = describe_run()
+    prompts = json.loads((ORGANISM / "prompts.json").read_text(encoding="utf-8"))
+    texts = [prompt["text"] for prompt in prompts if prompt["kind"] == "b"]
+    console = Console(stderr=True)
+    found: dict[Variant, list[Stream]] = {"unguarded": [], "guarded": []}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        servers = []
+        for variant in found:
+            server = stack.enter_context(Server(variant, Path(folder)))
+            server.wait_until_ready()
+            servers.append(server)
+        rounds = range(-(-streams // TURN) + 1)
+        for number in track(rounds, "streams", console=console):
+            for server in servers:
+                with server.turn() as client:
+                    for index in range(TURN):
+                        stream = read_stream(client, texts[index % len(texts)])
+                        if number:  # the first round only warms up
+                            found[server.variant].append(stream)
+    rows = [asdict(make_row(variant, found[variant])) for variant in found]
+    output.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", "utf-8")
+    console.print_json(data=rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
