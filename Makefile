@@ -32,6 +32,8 @@ check: .venv/.ready
 
 bench: .venv/.ready
 	$(bin)/python -m benchmarks.overhead $(ARGS)
+	$(bin)/python -m benchmarks.host
+	$(bin)/python -m benchmarks.streams
 
 clean:
 	rm -rf .venv

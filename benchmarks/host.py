@@ -30,7 +30,7 @@ from vllm_guard import admission, context, engine, runner_v1, server
 from vllm_guard.rows import SLOT_KEY, StepRows
 
 from benchmarks.provenance import ROOT, describe_run
-from guard.calibration import Calibration, save_calibration
+from benchmarks.shape import write_monitors
 from guard.pipeline import StepBuffers
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
@@ -44,6 +44,8 @@ PROMPT_TOKENS = 64
 BLOCK_SIZE = 16
 STEPS = 100
 """Timed steps per case, after as many that only warm up."""
+MAX_TOKENS = PROMPT_TOKENS + 2 * STEPS + BLOCK_SIZE
+HOOK_POINT = "layers.1.resid_post"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,46 +87,24 @@ class _Batch:
 
 def enter(folder: Path, policies: int) -> context.Context:
     """Be a process guarded by so many policies, each with two clamps and monitors."""
-    save_toy_sae(folder / "sae", hook_point="layers.1.resid_post")
-    digest = weights_digest(folder / "sae", format="guard")
-    monitors = []
-    for score in ("density", "error_norm"):
-        statistics_ = {"mean": torch.zeros(64), "whitener": torch.eye(64)}
-        calibration = Calibration(
-            score=score,
-            hook_point="layers.1.resid_post",
-            statistics=statistics_ if score == "density" else {},
-            lengths=(4096,),
-            maxima=(torch.full((200,), 1e9),),
-            provenance={"sae_sha256": digest},
-        )
-        save_calibration(calibration, folder / f"{score}.safetensors")
-        monitors.append(
-            {
-                "name": score,
-                "sae": "s",
-                "score": score,
-                "calibration": f"{score}.safetensors",
-                "target_fpr": 0.01,
-                "on_alarm": "block",
-            }
-        )
-    clamps = [
-        {"name": f"c{i}", "sae": "s", "latents": [i], "law": "ablate"} for i in (1, 2)
-    ]
+    save_toy_sae(folder / "sae", hook_point=HOOK_POINT)
+    source = {
+        "path": "sae",
+        "format": "guard",
+        "hook_point": HOOK_POINT,
+        "sha256": weights_digest(folder / "sae", format="guard"),
+    }
+    policy = {
+        "clamps": [
+            {"name": f"c{i}", "sae": "s", "latents": [i], "law": "ablate"}
+            for i in (1, 2)
+        ],
+        "monitors": write_monitors(folder, source=source, d_model=64),
+    }
     content = {
         "version": 1,
-        "saes": {
-            "s": {
-                "path": "sae",
-                "format": "guard",
-                "hook_point": "layers.1.resid_post",
-                "sha256": digest,
-            }
-        },
-        "policies": {
-            f"p{i}": {"clamps": clamps, "monitors": monitors} for i in range(policies)
-        },
+        "saes": {"s": source},
+        "policies": {f"p{i}": policy for i in range(policies)},
         "default_policy": "p0",
     }
     path = folder / "policy.yaml"
@@ -137,36 +117,9 @@ def enter(folder: Path, policies: int) -> context.Context:
 
 def make_batch(state: context.Context, size: int) -> _Batch:
     """Admit so many requests, their policies in turn, and put them into a batch."""
-    blocks = -(-(PROMPT_TOKENS + 2 * STEPS + 1) // BLOCK_SIZE)
-    table = SimpleNamespace(
-        block_size=BLOCK_SIZE,
-        block_table=SimpleNamespace(
-            np=np.arange(size * blocks, dtype=np.int32).reshape(size, blocks)
-        ),
-        slot_mapping=SimpleNamespace(gpu=torch.arange(size) * blocks * BLOCK_SIZE),
-    )
     names = [f"request-{i}" for i in range(size)]
-    watched = [_admit(state, name, index) for index, name in enumerate(names)]
-    runner = SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(bos_token_id=1)),
-        requests={
-            name: SimpleNamespace(sampling_params=params)
-            for name, (params, _) in zip(names, watched, strict=True)
-        },
-        input_batch=SimpleNamespace(
-            req_ids=names,
-            num_computed_tokens_cpu=np.full(size, PROMPT_TOKENS, dtype=np.int32),
-            token_ids_cpu=np.ones((size, 4), dtype=np.int32),
-            is_token_ids=np.ones((size, 4), dtype=bool),
-            block_table=SimpleNamespace(block_tables=[table]),
-        ),
-    )
-    scheduler = SimpleNamespace(
-        requests={
-            name: _make_request(name, params, kept)
-            for name, (params, kept) in zip(names, watched, strict=True)
-        }
-    )
+    admitted = [_admit(state, name, index) for index, name in enumerate(names)]
+    requests = dict(zip(names, admitted, strict=True))
     scheduled = SimpleNamespace(
         num_scheduled_tokens=dict.fromkeys(names, 1),
         scheduled_spec_decode_tokens={},
@@ -175,16 +128,47 @@ def make_batch(state: context.Context, size: int) -> _Batch:
         finished_req_ids=set(),
         preempted_req_ids=None,
     )
-    processor = SimpleNamespace(
-        request_states={
-            name: SimpleNamespace(
-                parent_req=None, external_req_id=name, request_index=0
-            )
-            for name in names
-        }
+    states = {
+        name: SimpleNamespace(parent_req=None, external_req_id=name, request_index=0)
+        for name in names
+    }
+    return _Batch(
+        runner=_make_runner(requests),
+        scheduled=scheduled,
+        scheduler=SimpleNamespace(
+            requests={name: _make_request(name, *of) for name, of in requests.items()}
+        ),
+        processor=SimpleNamespace(request_states=states),
+        counts=np.ones(size, dtype=np.int32),
     )
-    counts = np.ones(size, dtype=np.int32)
-    return _Batch(runner, scheduled, scheduler, processor, counts)
+
+
+def _make_runner(
+    requests: dict[str, tuple[SamplingParams, admission.Watched]],
+) -> SimpleNamespace:
+    size = len(requests)
+    blocks = -(-MAX_TOKENS // BLOCK_SIZE)
+    table = SimpleNamespace(
+        block_size=BLOCK_SIZE,
+        block_table=SimpleNamespace(
+            np=np.arange(size * blocks, dtype=np.int32).reshape(size, blocks)
+        ),
+        slot_mapping=SimpleNamespace(gpu=torch.arange(size) * blocks * BLOCK_SIZE),
+    )
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(bos_token_id=1)),
+        requests={
+            name: SimpleNamespace(sampling_params=params)
+            for name, (params, _) in requests.items()
+        },
+        input_batch=SimpleNamespace(
+            req_ids=list(requests),
+            num_computed_tokens_cpu=np.full(size, PROMPT_TOKENS, dtype=np.int32),
+            token_ids_cpu=np.ones((size, 4), dtype=np.int32),
+            is_token_ids=np.ones((size, 4), dtype=bool),
+            block_table=SimpleNamespace(block_tables=[table]),
+        ),
+    )
 
 
 def _admit(
@@ -288,7 +272,7 @@ def measure(batch_size: int, policies: int, *, steps: int = STEPS) -> Row:
         )
         rows = state.rows = StepRows(step, num_hooks=1, default_slot=1)
         batch = make_batch(state, batch_size)
-        rows.allocate_column(batch_size * (PROMPT_TOKENS + 2 * STEPS + BLOCK_SIZE))
+        rows.allocate_column(batch_size * MAX_TOKENS)
         times: dict[str, list[float]] = {}
         for number in range(2 * steps):
             for name, microseconds in run_step(batch, rows):

@@ -214,20 +214,7 @@ def _write_policies(
 ) -> dict[str, Path]:
     """Write one policy file with the clamp, and one with the monitors as well."""
     clamp = {"name": "c", "sae": "s", "latents": list(latents), "law": "ablate"}
-    monitors = []
-    for score in ("density", "error_norm"):
-        path = folder / f"{score}.safetensors"
-        _write_calibration(path, score=score, source=source, d_model=d_model)
-        monitors.append(
-            {
-                "name": score,
-                "sae": "s",
-                "score": score,
-                "calibration": str(path),
-                "target_fpr": 0.01,
-                "on_alarm": "flag",
-            }
-        )
+    monitors = write_monitors(folder, source=source, d_model=d_model)
     files = {"clamp": folder / "clamp.yaml", "monitor": folder / "monitor.yaml"}
     for variant, file in files.items():
         watched = monitors if variant == "monitor" else []
@@ -244,6 +231,27 @@ def _write_policies(
         }
         file.write_text(yaml.safe_dump(content), encoding="utf-8")
     return files
+
+
+def write_monitors(
+    folder: Path, *, source: dict[str, str], d_model: int
+) -> list[dict[str, Any]]:
+    """Calibrate both scores, and return monitors of the SAE `s` that watch them."""
+    monitors = []
+    for score in ("density", "error_norm"):
+        path = folder / f"{score}.safetensors"
+        _write_calibration(path, score=score, source=source, d_model=d_model)
+        monitors.append(
+            {
+                "name": score,
+                "sae": "s",
+                "score": score,
+                "calibration": str(path),
+                "target_fpr": 0.01,
+                "on_alarm": "flag",
+            }
+        )
+    return monitors
 
 
 def _write_calibration(

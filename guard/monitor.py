@@ -216,7 +216,8 @@ class _Running:
 
     def __init__(self, column: int, *, threshold: float, blocks: bool) -> None:
         self.column = column
-        self.threshold = threshold
+        # As numpy compares it with a column of fp32, and so for single tokens too.
+        self.threshold = float(np.float32(threshold))
         self.blocks = blocks
         self.maximum = -math.inf
         self.position: int | None = None

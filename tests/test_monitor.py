@@ -164,6 +164,16 @@ def test_a_score_at_the_threshold_is_no_alarm() -> None:
     assert watch.tokens_seen == 2
 
 
+def test_a_threshold_is_compared_in_fp32_however_many_rows_there_are() -> None:
+    tenth = float(np.float32(0.1))  # a little more than 0.1
+    for scores in ([tenth], [tenth, 0.0]):
+        watch = Watch(
+            make_policy("block"), columns=[0], thresholds=[0.1], prompt_length=4
+        )
+        observe(watch, 0, scores)
+        assert not watch.is_alarmed
+
+
 def test_before_its_first_token_a_request_has_no_alarm() -> None:
     (reading,) = make_watch(make_policy("block")).readings()
     assert not reading.alarm

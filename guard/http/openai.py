@@ -105,6 +105,9 @@ def refuse_unsupported(body: Mapping[str, Any]) -> None:
             "'use_beam_search' is not supported by guard yet; expected false.",
             param="use_beam_search",
         )
+    if not isinstance(body.get("n"), int | None):
+        # The engine's server reads "2.0" as 2 as well; one of us would count wrongly.
+        raise RequestError("'n' is not an integer; expected one.", param="n")
     for name in _OBJECTS:
         if not isinstance(body.get(name), dict | None):
             raise RequestError(
@@ -155,11 +158,8 @@ def seal_body(body: Mapping[str, Any], ticket: str) -> bytes:
 
 
 def count_choices(body: Mapping[str, Any], kind: Kind) -> int:
-    """Return how many choices the answer should have; 1 where that is unclear."""
-    try:
-        choices = int(body.get("n") or 1)
-    except (TypeError, ValueError, OverflowError):
-        return 1
+    """Return how many choices the answer should have."""
+    choices = int(body.get("n") or 1)
     return choices * _count_prompts(body) if kind == "completion" else choices
 
 

@@ -64,6 +64,11 @@ REFUSED = (
     "/sleep",
     "/release_kv_cache_memory",
     "/wake_up",
+    # What would end or hold up the requests of others, and asks no key.
+    "/abort_requests",
+    "/fault_tolerance",
+    "/pause",
+    "/resume",
 )
 """Routes refused with everything below them, for every method."""
 

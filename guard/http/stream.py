@@ -68,7 +68,7 @@ class GuardedStream:
         self._choices = choices
         self._guard_id = guard_id
         self._reader = EventReader()
-        self._vouched = False
+        self._vouched: set[int] = set()
         self._settled = False
         self._seen: set[int] = set()
         self._finished: set[int] = set()
@@ -116,11 +116,12 @@ class GuardedStream:
         """Return a chunk with choices, changed where it finishes one."""
         self._head = {key: chunk.get(key, value) for key, value in self._head.items()}
         self._seen.update(choice["index"] for choice in choices)
-        if not self._vouched and any(carries_text(choice) for choice in choices):
-            # Not one word leaves for a request that nobody judged.
-            if not self._verdicts():
+        said = {choice["index"] for choice in choices if carries_text(choice)}
+        if said - self._vouched:
+            # Not one word leaves for a choice that nobody judged.
+            if not said <= self._verdicts().keys():
                 return self._fail("text without a verdict")
-            self._vouched = True
+            self._vouched |= said
         done = [choice for choice in choices if choice.get("finish_reason")]
         if not done:
             return raw

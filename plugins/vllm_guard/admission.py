@@ -5,6 +5,7 @@ hashed and before anything is computed for it.
 """
 
 import copy
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from vllm_guard.patch import wrap
 from vllm_guard.rows import SLOT_KEY
 
 __all__ = ["Watched", "admit", "install"]
+
+logger = logging.getLogger(__name__)
 
 _OWN_PREFIX = "guard_"
 """Keys of `extra_args` that only the guard may set."""
@@ -134,6 +137,8 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
         ticket = state.tickets.redeem(
             extra_args.get(TICKET_KEY), state.secret, now=time.time()
         )
+        if ticket is None and TICKET_KEY in extra_args:
+            logger.warning("A ticket was altered, expired or used up; it counts not.")
     if ticket is None or ticket.policy not in state.policy_file.policies:
         ticket = Ticket(uuid.uuid4().hex, state.policy_file.default_policy)
     if params is not None:

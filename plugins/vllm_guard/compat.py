@@ -107,6 +107,11 @@ REFUSED: Mapping[str, Callable[[Any], object]] = {
             and config.speculative_config is not None
         )
     ),
+    # A request preempted within the step that had scheduled it leaves cached blocks
+    # behind that nothing has computed.
+    "scheduling by priority (--scheduling-policy)": (
+        lambda config: config.scheduler_config.policy == "priority"
+    ),
     "a scheduler of your own (--scheduler-cls)": (
         lambda config: config.scheduler_config.scheduler_cls is not None
     ),

@@ -125,7 +125,8 @@ def enter() -> bool:
             "expected every process to read the same one. Start again."
         )
         raise PolicyError(message)
-    secret = os.environ.setdefault(SECRET_VARIABLE, secrets.token_hex(32))
+    if not os.environ.get(SECRET_VARIABLE):
+        os.environ[SECRET_VARIABLE] = secrets.token_hex(32)
     calibrations = load_calibrations(policy_file)
     # Now, and not at a request, where a calibration is too small for a target.
     check_targets(policy_file, calibrations)
@@ -137,7 +138,7 @@ def enter() -> bool:
         },
         columns=list_columns(policy_file),
         calibrations=calibrations,
-        secret=bytes.fromhex(secret),
+        secret=bytes.fromhex(os.environ[SECRET_VARIABLE]),
     )
     return True
 

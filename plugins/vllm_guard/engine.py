@@ -82,7 +82,13 @@ def _update_from_output(
     seconds = getattr(model_runner_output, "guard_seconds", [])
     context.get().hook_seconds.extend(seconds)
     for request_id, request in requests.items():
-        _observe(request, readings[request_id], scheduler_output, model_runner_output)
+        reading = readings[request_id]
+        if not _observe(request, reading, scheduler_output, model_runner_output):
+            # Nobody else may stand on what was computed without the guard.
+            cache = scheduler.kv_cache_manager
+            cache.evict_blocks(
+                {i for ids in cache.get_block_ids(request_id) for i in ids}
+            )
     outputs = original(scheduler, scheduler_output, model_runner_output)
     _finish_blocked(scheduler, requests.values(), outputs)
     for client_outputs in outputs.values():
@@ -119,35 +125,24 @@ def _observe(
     readings: RequestReadings | None,
     scheduler_output: Any,
     model_runner_output: Any,
-) -> None:
-    """Hold a request's rows of this step against its policy; cut what may not leave."""
-    watched: Watched = request.guard
-    num_rows = scheduler_output.num_scheduled_tokens[request.request_id]
-    index = model_runner_output.req_id_to_index[request.request_id]
+) -> bool:
+    """Hold a request's rows of this step against its policy; cut what may not leave.
+
+    Returns:
+        Whether no reading was missing.
+    """
+    name, watched = request.request_id, request.guard
+    num_rows = scheduler_output.num_scheduled_tokens[name]
+    index = model_runner_output.req_id_to_index[name]
     sampled = model_runner_output.sampled_token_ids
     tokens = list(sampled[index]) if sampled else []
-    drafts = len(
-        scheduler_output.scheduled_spec_decode_tokens.get(request.request_id, ())
-    )
+    drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(name, ()))
     rejected = 0
     if tokens and drafts:
         rejected = max(drafts + 1 - _count_until_end(request, tokens), 0)
-    if readings is None or readings.guarded < num_rows:
-        watched.fault = "unguarded"
-        logger.error("A token passed the model without its hooks.")
-        if not watched.is_blocked:
-            watched.watch.skip(num_rows - rejected)
-    else:
-        if (gap := readings.first - watched.watch.tokens_seen) > 0:
-            watched.fault = watched.fault or "unscored"
-            context.get().uncounted["unscored"] += gap
-            logger.error("A token was found in the cache without its scores.")
-            watched.watch.skip(gap)
-        accepted = len(readings.scores) - rejected
-        scores, clamped = readings.scores[:accepted], readings.clamped[:accepted]
-        watched.watch.observe(readings.first, scores, clamped)
+    is_whole = _take_in(watched, readings, num_rows, rejected=rejected)
     if not watched.is_blocked:
-        return
+        return is_whole
     # Row r of the step's own rows samples token r - (num_rows - 1 - drafts).
     position = watched.watch.block_position
     kept = 0
@@ -156,8 +151,33 @@ def _observe(
         kept = max(position - first_sampling, 0)
     if sampled:
         sampled[index] = tokens[:kept]
-    model_runner_output.prompt_logprobs_dict.pop(request.request_id, None)
-    model_runner_output.prompt_token_id_logprobs_dict.pop(request.request_id, None)
+    model_runner_output.prompt_logprobs_dict.pop(name, None)
+    model_runner_output.prompt_token_id_logprobs_dict.pop(name, None)
+    return is_whole
+
+
+def _take_in(
+    watched: Watched, readings: RequestReadings | None, num_rows: int, *, rejected: int
+) -> bool:
+    """Let a request's watch see its readings; return whether none is missing."""
+    watch = watched.watch
+    if readings is None or readings.guarded < num_rows:
+        watched.fault = "unguarded"
+        logger.error("A token passed the model without its hooks.")
+        if not watched.is_blocked:
+            watch.skip(num_rows - rejected)
+        return False
+    gap = max(readings.first - watch.tokens_seen, 0)
+    if gap:
+        if not watched.is_blocked:
+            watched.fault = "unscored"
+        context.get().uncounted["unscored"] += gap
+        logger.error("A token was found in the cache without its scores.")
+        watch.skip(gap)
+    accepted = len(readings.scores) - rejected
+    scores, clamped = readings.scores[:accepted], readings.clamped[:accepted]
+    watch.observe(readings.first, scores, clamped)
+    return not gap
 
 
 def _count_until_end(request: Any, tokens: list[int]) -> int:

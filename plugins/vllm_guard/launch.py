@@ -6,6 +6,7 @@ a mistake is one line within seconds and not a stack trace after minutes.
 
 import logging
 import os
+import secrets
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,9 @@ def _check_model(model: str) -> None:
 
 def _set_environment(policy: Path) -> None:
     os.environ["GUARD_POLICY"] = str(policy.resolve())
+    # Of this start alone, whatever the environment brought along.
+    os.environ["GUARD_SECRET"] = secrets.token_hex(32)
+    os.environ.pop("GUARD_FINGERPRINT", None)
     plugins = os.environ.get("VLLM_PLUGINS")
     names = plugins.split(",") if plugins else []
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "guard"]))

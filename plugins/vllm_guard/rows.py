@@ -190,7 +190,7 @@ class StepRows:
             pieces.append(own[share])
             length = request.num_rows + (0 if prefix is None else len(prefix))
             spans[request.id] = Span(
-                first=request.first if prefix is None else 0,
+                first=request.first - (0 if prefix is None else len(prefix)),
                 start=end,
                 end=end + length,
                 guarded=guarded,
@@ -211,7 +211,9 @@ class StepRows:
     def _read_prefixes(self) -> dict[str, npt.NDArray[np.int32]]:
         """Return the readings kept for the prefix of each request just admitted.
 
-        After the step: a neighbour may have computed this prefix within it.
+        After the step: a neighbour may have computed this prefix within it. What
+        precedes a position that missed a hook is left out with it, so that the request
+        stands on tokens whose scores are not known.
         """
         if self._kept is None:
             return {}
@@ -225,7 +227,16 @@ class StepRows:
         slots = self._on_device(np.concatenate(list(found.values())))
         kept = self._kept[slots].cpu().numpy()
         ends = np.cumsum([len(slots) for slots in found.values()])
-        return dict(zip(found, np.split(kept, ends[:-1]), strict=True))
+        prefixes = np.split(kept, ends[:-1])
+        return {
+            request_id: prefix[self._find_guarded_tail(prefix) :]
+            for request_id, prefix in zip(found, prefixes, strict=True)
+        }
+
+    def _find_guarded_tail(self, prefix: npt.NDArray[np.int32]) -> int:
+        """Return the first position from which on every row passed every hook."""
+        missed = np.flatnonzero(prefix[:, _VISITS] != self.num_hooks)
+        return int(missed[-1]) + 1 if len(missed) else 0
 
     def _on_device(self, slots: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(slots).to(self.step.marks.device)

@@ -24,6 +24,7 @@ from e2e.serving import (
     list_processes,
     stop,
 )
+from e2e.tripwires import LONG_PROMPT
 
 from guard.http.openai import REFUSAL
 
@@ -229,6 +230,19 @@ def test_unguarded_tokens_are_counted_as_such(
     assert growth[GUARDED] == 0
     blocked = 'guard_requests_total{action="block",mode="enforce",policy="default"}'
     assert growth[blocked] == 1
+
+
+@pytest.mark.parametrize("fault", UNGUARDED)
+def test_what_was_computed_without_the_guard_is_not_found_in_the_cache(
+    fault: str, healthy: Server, faults: Faults
+) -> None:
+    prompt = f"w{UNGUARDED.index(fault)} {LONG_PROMPT}"
+    with faults.on(fault):
+        assert complete(healthy, prompt=prompt).guard["action"] == "block"
+    again: list[Any] = []
+    growth = grown(healthy, lambda: again.append(complete(healthy, prompt=prompt)))
+    assert again[0].guard["action"] == "allow"
+    assert growth[GUARDED] == again[0].usage.prompt_tokens > 128
 
 
 @pytest.mark.parametrize("fault", UNGUARDED)

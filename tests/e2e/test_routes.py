@@ -18,6 +18,7 @@ OUTCOMES = {
     "guarded": "guarded, with a verdict in the answer",
     "refused": "refused, 400: text, scores or vectors of the model in another shape, "
     "or a change of the model",
+    "private": "passed on, to whoever has a key of the server if it checks keys",
     "passed": "passed on: the model does not run for it",
 }
 ANY_BODY = {
@@ -70,14 +71,20 @@ def _try(server: Server, steps: StepRecord, path: str, method: str) -> str:
     if ran:
         assert answer.json()["guard"]["action"] == "allow", path
         return "guarded"
-    return "passed"
+    # A server without keys, as this one, passes both on.
+    return "private" if decide_route(path, method) == "private" else "passed"
 
 
 def test_the_model_runs_for_guarded_routes_only(
     outcomes: dict[tuple[str, str], str],
 ) -> None:
     assert len(outcomes) > 20
-    named = {"chat": "guarded", "completion": "guarded", "refuse": "refused"}
+    named = {
+        "chat": "guarded",
+        "completion": "guarded",
+        "refuse": "refused",
+        "private": "private",
+    }
     for (path, method), outcome in outcomes.items():
         filled = re.sub(r"\{.*?\}", "x", path)
         decision = decide_route(filled, method)

@@ -14,10 +14,9 @@ PASSED = {
     *("/tokenize", "/detokenize", "/tokenizer_info", "/weight_info", "/docs"),
     *("/kv_event_sources", "/get_world_size", "/static", "/ready", "/readyz"),
     # Control that leaves the model as it is.
-    *("/pause", "/resume", "/is_paused", "/abort_requests", "/is_sleeping"),
+    *("/is_paused", "/is_sleeping"),
     *("/start_profile", "/stop_profile", "/is_scaling_elastic_ep"),
     *("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"),
-    *("/fault_tolerance/apply", "/fault_tolerance/status"),
 }
 REFUSED = {
     *("/v1/responses", "/v1/responses/abc", "/v1/responses/abc/cancel"),
@@ -34,6 +33,8 @@ REFUSED = {
     *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine"),
     *("/start_weight_update", "/start_draft_weight_update", "/update_weights"),
     *("/finish_weight_update", "/update_weight_version", "/weight_checker"),
+    *("/pause", "/resume", "/abort_requests"),
+    *("/fault_tolerance/apply", "/fault_tolerance/status"),
     *("/scale_elastic_ep", "/sleep", "/wake_up", "/release_kv_cache_memory"),
 }
 

@@ -148,6 +148,12 @@ def test_no_word_leaves_without_a_verdict():
     assert stream.feed(chat(0, "more") + DONE) + stream.close() == b""
 
 
+def test_the_verdict_of_one_choice_does_not_vouch_for_another():
+    stream = make_stream({0: make_verdict()})
+    assert stream.feed(chat(0, "a")) == chat(0, "a")
+    assert is_failure(stream.feed(chat(1, "secret")))
+
+
 def test_a_finished_choice_without_a_verdict_ends_the_stream():
     stream = make_stream({1: make_verdict()}, choices=2)
     assert is_failure(stream.feed(chat(0, "secret", "stop")))

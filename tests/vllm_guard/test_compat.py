@@ -41,6 +41,7 @@ BUILT: dict[str, dict[str, Any]] = {
             "synthetic_acceptance_length": 2,
         }
     },
+    "--scheduling-policy": {"scheduling_policy": "priority"},
     "--scheduler-cls": {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
     "several residual streams": {"hf_overrides": {"hc_mult": 4}},
     "--runner pooling": {"runner": "pooling"},

@@ -203,6 +203,10 @@ class FakeScheduler:
 
     def __init__(self, *requests: "FakeRequest") -> None:
         self.requests = {request.request_id: request for request in requests}
+        self.evicted: set[int] = set()
+        self.kv_cache_manager = SimpleNamespace(
+            get_block_ids=lambda _: ([4, 5], [7]), evict_blocks=self.evicted.update
+        )
 
     def finish_requests(self, ids: set[str], status: Any) -> None:
         for request_id in ids:
@@ -343,6 +347,7 @@ def test_every_output_carries_the_running_verdict(state: context.Context) -> Non
     scheduler = start(state, prompt_length=3)
     assert run_step(scheduler, [1.0, 2.0], first=0, tokens=[]) == []
     (output,) = run_step(scheduler, [3.0], first=2, tokens=[7])
+    assert not scheduler.evicted
     assert output.new_token_ids == [7]
     assert output.finish_reason is None
     verdict = verdict_of(output)
@@ -390,6 +395,7 @@ def test_a_token_that_missed_its_hooks_ends_the_request() -> None:
     verdict = verdict_of(output)
     assert (verdict["action"], verdict["reason"]) == ("block", "unguarded")
     assert not scheduler.requests
+    assert scheduler.evicted == {4, 5, 7}
 
 
 @pytest.mark.usefixtures("state")

@@ -137,6 +137,31 @@ def test_a_cached_prefix_brings_its_readings_along() -> None:
     assert reading.guarded == 1
 
 
+def test_a_prefix_that_missed_a_hook_is_not_taken_for_read() -> None:
+    rows = make_rows()
+    rows.begin([share("a", 4)], kv_slots=slots(20, 21, 22, 23))
+    compute(rows, [3, 5, 7, 9])
+    rows.step.marks[1, 2] = NUM_HOOKS - 1
+    assert rows.finish()["a"].guarded == 3
+    prefix = np.array([20, 21, 22, 23])
+    again = share("b", 1, first=4, admitted=True, prefix_slots=prefix)
+    rows.begin([again], kv_slots=slots(8))
+    compute(rows, [6])
+    reading = rows.finish()["b"]
+    assert reading.first == 2
+    assert reading.scores[:, 0].tolist() == [7, 9, 6]
+
+
+def test_a_prefix_that_nothing_ever_computed_is_not_taken_for_read() -> None:
+    rows = make_rows()
+    prefix = np.array([20, 21, 22, 23])
+    rows.begin(
+        [share("b", 1, first=4, admitted=True, prefix_slots=prefix)], kv_slots=slots(8)
+    )
+    compute(rows, [6])
+    assert rows.finish()["b"].first == 4
+
+
 def test_a_prefix_that_a_neighbour_computes_in_the_same_step_is_read_after_it() -> None:
     rows = make_rows()
     prefix = np.array([0, 1, 2, 3])
