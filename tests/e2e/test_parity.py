@@ -226,6 +226,22 @@ def test_fp32_clamps_where_the_reference_does(
     assert any(sum(ours.guard["clamped_tokens"].values()) for ours in suppressed)
 
 
+def noise_gain() -> float:
+    """Return by how much the clamp can magnify what rounding did before it.
+
+    Ablating latents i where they are active maps a deviation e of the stream to
+    `(I - W_enc[:, i] @ W_dec[i]).T @ e`: an oblique projection, whose norm is 1 only if
+    encoder and decoder directions are the same.
+    """
+    policy_file = load_policy(ORGANISM / "policy.yaml")
+    (source,) = policy_file.saes.values()
+    sae = load_sae(source.path, format=source.format, sha256=source.sha256)
+    (rule,) = policy_file.policies["default"].clamps
+    assert rule.law == "ablate"
+    written = sae.W_enc[:, list(rule.latents)] @ sae.W_dec[list(rule.latents)]
+    return float(torch.linalg.matrix_norm(torch.eye(sae.d_model) - written, 2))
+
+
 def test_the_bf16_gap_grows_no_more_than_the_clamp_alone_makes_it(
     prompt_ids: list[list[int]],
     policy_file: Path,
@@ -233,8 +249,8 @@ def test_the_bf16_gap_grows_no_more_than_the_clamp_alone_makes_it(
 ) -> None:
     """Hold the guarded gap against the unguarded one between the same two engines.
 
-    A clamped stream answers rounding more strongly, whoever clamps it: transformers in
-    bf16 against itself in fp32 shows by how much, and the guard may add nothing to it.
+    An exact clamp magnifies rounding, whoever does it: `noise_gain` bounds by how much,
+    and transformers in bf16 against itself in fp32 shows it without the guard.
     """
     rough = {p: refer(prompt_ids, torch.bfloat16, p) for p in ("default", "open")}
     guarded = differences(
@@ -259,4 +275,4 @@ def test_the_bf16_gap_grows_no_more_than_the_clamp_alone_makes_it(
     shown |= {"growth at .99": growth, "of the clamp alone": own}
     print(shown)  # noqa: T201 - the numbers behind the verdict
     assert growth[0] <= own[1], shown
-    assert growth[1] <= 1.25 * own[1], shown
+    assert growth[1] <= noise_gain(), shown
