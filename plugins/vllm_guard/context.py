@@ -118,13 +118,7 @@ def enter() -> bool:
     compat.check_version()
     policy_file = load_policy(Path(path))
     found = file_fingerprint(policy_file)
-    expected = os.environ.setdefault(FINGERPRINT_VARIABLE, found)
-    if found != expected:
-        message = (
-            f"{path}: the policy file changed while the server started; "
-            "expected every process to read the same one. Start again."
-        )
-        raise PolicyError(message)
+    _check_unchanged(path, found)
     if not os.environ.get(SECRET_VARIABLE):
         os.environ[SECRET_VARIABLE] = secrets.token_hex(32)
     calibrations = load_calibrations(policy_file)
@@ -141,6 +135,16 @@ def enter() -> bool:
         secret=bytes.fromhex(os.environ[SECRET_VARIABLE]),
     )
     return True
+
+
+def _check_unchanged(path: str, found: str) -> None:
+    """Hold a file's fingerprint against the one the first process left."""
+    if found != os.environ.setdefault(FINGERPRINT_VARIABLE, found):
+        message = (
+            f"{path}: the policy file changed while the server started; "
+            "expected every process to read the same one. Start again."
+        )
+        raise PolicyError(message)
 
 
 def get() -> Context:
