@@ -26,7 +26,7 @@ from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
-from vllm_guard import admission, context, engine, runner_v1, server
+from vllm_guard import admission, context, engine, outputs, runner_v1
 from vllm_guard.rows import SLOT_KEY, StepRows
 
 from benchmarks.provenance import ROOT, describe_run
@@ -242,7 +242,7 @@ def run_step(batch: _Batch, rows: StepRows) -> Iterator[tuple[str, float]]:
     more, received = _time(lambda: _over_wire(made[0]))
     yield "wire_us", wire - plain_wire + more - more_plain
     seconds, _ = _time(
-        lambda: server._process_outputs(
+        lambda: outputs._process_outputs(
             lambda *_: SimpleNamespace(reqs_to_abort=[]),
             batch.processor,
             received.outputs,

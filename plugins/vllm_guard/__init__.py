@@ -25,13 +25,13 @@ def register() -> None:
                 admission,
                 engine,
                 hook,
+                outputs,
                 prefix,
                 runner_v1,
                 runner_v2,
-                server,
             )
 
-            parts = (hook, runner_v1, runner_v2, admission, prefix, engine, server)
+            parts = (hook, runner_v1, runner_v2, admission, prefix, engine, outputs)
             for part in parts:
                 part.install()
 

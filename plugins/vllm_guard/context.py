@@ -38,8 +38,8 @@ from guard.request import (
 from vllm_guard import compat
 
 if TYPE_CHECKING:
+    from vllm_guard.board import Board
     from vllm_guard.rows import StepRows
-    from vllm_guard.server import Board
 
 __all__ = [
     "FAULT_VARIABLE",
@@ -47,6 +47,7 @@ __all__ = [
     "cache_salt",
     "enter",
     "get",
+    "get_board",
     "reporting",
     "reset",
     "sampling_args",
@@ -157,6 +158,17 @@ def get() -> Context:
         message = "vllm-guard is inert in this process; expected `enter()` before."
         raise RuntimeError(message)
     return _context
+
+
+def get_board() -> "Board":
+    """Return the board of this process, opened when it is first asked for."""
+    # Only where answers are handed out: a worker needs neither HTTP nor metrics.
+    from vllm_guard.board import Board
+
+    state = get()
+    if state.board is None:
+        state.board = Board(state.policy_file, state.fingerprints, secret=state.secret)
+    return state.board
 
 
 @contextlib.contextmanager

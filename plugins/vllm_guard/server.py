@@ -1,216 +1,28 @@
-"""The API server's part: verdicts taken from outputs, the guard's routes, readiness.
+"""The API server's part: the guard's routes, its readiness, its place before vLLM's.
 
-Runs wherever outputs are processed: in each API server, or in the process of an
-offline `LLM`.
+Runs in each API server.
 """
 
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from guard import __version__
 from guard.errors import EngineError
-from guard.http.desk import PolicyDesk
 from guard.http.keys import KeyRing
 from guard.http.middleware import GuardMiddleware, send_error
-from guard.metrics import Metrics
 from guard.policy import PolicyFile
-from guard.verdict import Verdict
 from vllm_guard import context
-from vllm_guard.engine import BLOCK_REASON
-from vllm_guard.patch import wrap
-from vllm_guard.readings import CARRIER_KEY, Progress
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import Receive, Scope, Send
 
-__all__ = ["Board", "GuardEndpoint", "ServingMiddleware", "install"]
+__all__ = ["GuardEndpoint", "ServingMiddleware", "read_keys"]
 
 logger = logging.getLogger(__name__)
-
-
-def install() -> None:
-    """Wrap the processing of outputs, the last stop before text exists.
-
-    `stat_logger` plugins get no data of a plugin's own, and the serving classes only
-    see merged outputs. Remove when vLLM hands engine outputs to plugins.
-    """
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
-
-    wrap(OutputProcessor, "process_outputs", _process_outputs)
-    wrap(OutputProcessor, "abort_requests", _abort_requests)
-    wrap(RequestState, "_new_completion_output", _new_completion_output)
-
-
-class Board:
-    """Where this process keeps verdicts and counts: one desk, one set of metrics."""
-
-    def __init__(self, state: context.Context) -> None:
-        """Open the desk and declare the metrics of a policy file."""
-        sources = state.policy_file.saes
-        self.desk = PolicyDesk(
-            state.policy_file, state.fingerprints, secret=state.secret
-        )
-        self.metrics = Metrics(
-            state.policy_file,
-            fingerprints=state.fingerprints,
-            digests={name: source.sha256 for name, source in sources.items()},
-        )
-        self.ready = False
-
-    def take(self, request: Any, progress: Progress) -> None:
-        """Keep a request's progress: vLLM's `RequestState` carries its verdict."""
-        verdict = Verdict.from_json(progress.verdict)
-        before = getattr(request, "guard_progress", None)
-        self.metrics.observe_progress(before and before[0], verdict)
-        request.guard_progress = verdict, progress
-        self.desk.record(verdict.id, _choice_of(request), verdict)
-
-    def count(self, counted: dict[str, int]) -> None:
-        """Count tokens and faults that the engine had not told before."""
-        for phase in ("prefill", "decode"):
-            if counted.get(phase):
-                self.metrics.count_tokens(phase, counted[phase])
-        if counted.get("unguarded"):
-            self.metrics.count_unscored("no_reading", counted["unguarded"])
-            self.metrics.count_error("worker")
-        if counted.get("unscored"):
-            self.metrics.count_unscored("no_score", counted["unscored"])
-
-    def finish(self, request: Any) -> None:
-        """Count a request that is over, if the engine ever spoke of it."""
-        known = getattr(request, "guard_progress", None)
-        if known is None:
-            return
-        verdict, progress = known
-        self.metrics.finish(verdict, progress.ratios)
-        for name, value in progress.observed.items():
-            if name.startswith("error_ratio:"):
-                self.metrics.observe_error_norm(value)
-            elif name.startswith("clamp_residual:"):
-                self.metrics.observe_clamp_residual(value)
-
-
-def _board() -> Board:
-    state = context.get()
-    if state.board is None:
-        state.board = Board(state)
-    return state.board
-
-
-def _choice_of(request: Any) -> int:
-    """Return the index of a request's choice in the HTTP answer.
-
-    Prompt i of a list of prompts runs as request `cmpl-...-i`.
-    """
-    parent = request.parent_req
-    external = request.external_req_id if parent is None else parent.external_req_id
-    prompt = int(external.rsplit("-", 1)[1]) if external.startswith("cmpl-") else 0
-    return prompt * (1 if parent is None else parent.n) + int(request.request_index)
-
-
-def _process_outputs(
-    original: Callable[..., Any],
-    processor: Any,
-    outputs: list[Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    board = _board()
-    present = {}
-    refused: list[str] = []
-    for output in outputs:
-        progress = _detach(output)
-        request = processor.request_states.get(output.request_id)
-        if progress is not None:
-            board.count(progress.counted)
-            for seconds in progress.hook_seconds:
-                board.metrics.observe_hook(seconds)
-        if request is None:
-            continue
-        present[output.request_id] = request
-        if progress is not None:
-            board.take(request, progress)
-        elif output.new_token_ids or output.finish_reason is None:
-            _refuse(output)
-            refused.append(output.request_id)
-            board.metrics.count_error("engine")
-        if output.stop_reason == BLOCK_REASON:
-            _fill_prompt_logprobs(request)
-    result = original(processor, outputs, *args, **kwargs)
-    # The engine core knows nothing of it, and would go on.
-    result.reqs_to_abort.extend(refused)
-    for request_id, request in present.items():
-        if request_id not in processor.request_states:
-            board.finish(request)
-    return result
-
-
-def _detach(output: Any) -> Progress | None:
-    """Take the guard's part off an output; a real KV connector's part stays."""
-    carried = output.kv_transfer_params
-    if not carried or CARRIER_KEY not in carried:
-        return None
-    progress = Progress(**carried.pop(CARRIER_KEY))
-    output.kv_transfer_params = carried or None
-    return progress
-
-
-def _refuse(output: Any) -> None:
-    """End a request whose tokens nobody vouches for, before any of them is text."""
-    from vllm.v1.engine import FinishReason
-
-    logger.error("The engine core sent tokens without a verdict; the request fails.")
-    output.new_token_ids = []
-    output.new_logprobs = None
-    output.new_prompt_logprobs_tensors = None
-    output.finish_reason = FinishReason.ERROR
-
-
-def _fill_prompt_logprobs(request: Any) -> None:
-    """Say "none" for each prompt token whose logprob a block held back.
-
-    Where a client asks for `echo`, vLLM expects one entry per token.
-    """
-    processor = request.logprobs_processor
-    known = processor.prompt_logprobs if processor is not None else None
-    if known:  # otherwise not asked for, or already sent
-        for _ in range(len(known), request.prompt_len):
-            known.append(None)
-
-
-def _abort_requests(
-    original: Callable[..., list[str]],
-    processor: Any,
-    request_ids: Iterable[str],
-    *args: Any,
-    **kwargs: Any,
-) -> list[str]:
-    before = dict(processor.request_states)
-    aborted = original(processor, request_ids, *args, **kwargs)
-    for request_id in aborted:
-        if request_id in before:
-            _board().finish(before[request_id])
-    return aborted
-
-
-def _new_completion_output(
-    original: Callable[..., Any],
-    request: Any,
-    token_ids: list[int],
-    finish_reason: Any,
-    stop_reason: Any,
-) -> Any:
-    """Name a block as OpenAI does, and let an offline caller read the verdict."""
-    completion = original(request, token_ids, finish_reason, stop_reason)
-    if stop_reason == BLOCK_REASON:
-        completion.finish_reason = "content_filter"
-    known = getattr(request, "guard_progress", None)
-    completion.guard = known[0].to_json() if known is not None else None
-    return completion
 
 
 class ServingMiddleware(GuardMiddleware):
@@ -218,7 +30,7 @@ class ServingMiddleware(GuardMiddleware):
 
     def __init__(self, app: Any) -> None:
         """Stand in front of vLLM's application, outermost."""
-        self._board = _board()
+        self._board = context.get_board()
         super().__init__(app, desk=self._board.desk, metrics=self._board.metrics)
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
@@ -256,7 +68,7 @@ class GuardEndpoint:
         @app.get("/guard/status")
         async def status(request: Request) -> JSONResponse:
             authorization = request.headers.get("authorization")
-            offer = _board().desk.offer(authorization)
+            offer = context.get_board().desk.offer(authorization)
             return JSONResponse(await describe(self._client, offer))
 
     async def init_state(
@@ -269,7 +81,7 @@ class GuardEndpoint:
             PolicyError: The key of a tenant is not among the server's.
         """
         self._client = engine_client
-        board = _board()
+        board = context.get_board()
         with context.reporting():
             board.desk.keys = read_keys(args, context.get().policy_file)
         await check_engines(engine_client)

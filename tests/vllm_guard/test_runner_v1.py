@@ -215,6 +215,7 @@ def test_readings_go_along_where_blocks_are_copied(rows: StepRows) -> None:
     prepare(runner, make_output(new=("a",)), [4])
     rows.step.scores[:4, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     rows.step.marks[1, 0] = 0b1
+    rows.step.marks_of(4).visits.fill_(rows.num_hooks)
     rows.finish()
     runner = FakeRunner()
     runner.put("b", first=3, start=9, blocks=[5])

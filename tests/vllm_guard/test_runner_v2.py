@@ -81,6 +81,7 @@ def run_step(
 
 def compute(rows: StepRows, scores: list[float]) -> dict[str, list[float]]:
     rows.step.scores[: len(scores), 0] = torch.tensor(scores)
+    rows.step.marks_of(len(scores)).visits.fill_(rows.num_hooks)
     return {name: r.scores[:, 0].tolist() for name, r in rows.finish().items()}
 
 
