@@ -299,7 +299,7 @@ def main(
     cases = [(batch, count) for count in POLICIES for batch in BATCHES]
     # A fork each: the state of a guarded process, its metrics too, is made once.
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        measured = pool.starmap(measure, cases)
+        measured = pool.starmap(measure, cases, chunksize=1)
     table = Table(*asdict(measured[0]))
     for row in measured:
         table.add_row(*map(str, asdict(row).values()))
