@@ -44,7 +44,8 @@ PROMPT_TOKENS = 64
 BLOCK_SIZE = 16
 STEPS = 100
 """Timed steps per case, after as many that only warm up."""
-MAX_TOKENS = PROMPT_TOKENS + 2 * STEPS + BLOCK_SIZE
+BLOCKS = -(-(PROMPT_TOKENS + 2 * STEPS) // BLOCK_SIZE)
+"""Of each request."""
 HOOK_POINT = "layers.1.resid_post"
 
 
@@ -147,13 +148,12 @@ def _make_runner(
     requests: dict[str, tuple[SamplingParams, admission.Watched]],
 ) -> SimpleNamespace:
     size = len(requests)
-    blocks = -(-MAX_TOKENS // BLOCK_SIZE)
     table = SimpleNamespace(
         block_size=BLOCK_SIZE,
         block_table=SimpleNamespace(
-            np=np.arange(size * blocks, dtype=np.int32).reshape(size, blocks)
+            np=np.arange(size * BLOCKS, dtype=np.int32).reshape(size, BLOCKS)
         ),
-        slot_mapping=SimpleNamespace(gpu=torch.arange(size) * blocks * BLOCK_SIZE),
+        slot_mapping=SimpleNamespace(gpu=torch.arange(size) * BLOCKS * BLOCK_SIZE),
     )
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_text_config=SimpleNamespace(bos_token_id=1)),
@@ -272,7 +272,7 @@ def measure(batch_size: int, policies: int, *, steps: int = STEPS) -> Row:
         )
         rows = state.rows = StepRows(step, num_hooks=1, default_slot=1)
         batch = make_batch(state, batch_size)
-        rows.allocate_column(batch_size * MAX_TOKENS)
+        rows.allocate_column(batch_size * BLOCKS * BLOCK_SIZE)
         times: dict[str, list[float]] = {}
         for number in range(2 * steps):
             for name, microseconds in run_step(batch, rows):
