@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAULT_VARIABLE",
+    "POLICY_VARIABLE",
     "Context",
     "cache_salt",
     "enter",

@@ -6,7 +6,6 @@ a mistake is one line within seconds and not a stack trace after minutes.
 
 import logging
 import os
-import secrets
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from guard.check import check_policy
 from guard.errors import EngineError, GuardError
 from guard.hook import HookPoint
 from guard.policy import load_policy
+from vllm_guard import context
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -75,10 +75,9 @@ def _check_model(model: str) -> None:
 
 
 def _set_environment(policy: Path) -> None:
-    os.environ["GUARD_POLICY"] = str(policy.resolve())
-    # Of this start alone, whatever the environment brought along.
-    os.environ["GUARD_SECRET"] = secrets.token_hex(32)
-    os.environ.pop("GUARD_FINGERPRINT", None)
+    # A start of its own, whatever the environment brought along.
+    context.reset()
+    os.environ[context.POLICY_VARIABLE] = str(policy.resolve())
     plugins = os.environ.get("VLLM_PLUGINS")
     names = plugins.split(",") if plugins else []
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "guard"]))
@@ -139,8 +138,6 @@ def _run(args: "Namespace") -> None:
     """
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
-
-    from vllm_guard import context
 
     configure_logging_from_args(args)
     with tempfile.TemporaryDirectory(prefix="guard-") as folder:
