@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,8 +26,9 @@ from rich.progress import track
 
 from benchmarks.provenance import ROOT, describe_run
 from guard.demo.measure import ORGANISM
+from guard.demo.server import find_free_port, run_server
 
-__all__ = ["Row", "Server", "Stream"]
+__all__ = ["Row", "Server", "Stream", "start"]
 
 RESULTS = ROOT / "benchmarks" / "results" / "streams.json"
 TURN = 25
@@ -71,50 +71,14 @@ class Row:
     before_last_token_p95: float
 
 
+@dataclass(frozen=True, slots=True)
 class Server:
-    """A server in a process group of its own, stopped while it is not its turn."""
+    """A server that is stopped while it is not its turn."""
 
-    def __init__(self, variant: Variant, folder: Path) -> None:
-        """Start it; `wait_until_ready` waits until it answers."""
-        self.variant = variant
-        self._port = _find_free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
-        self._log = folder / f"{variant}.log"
-        model = str(ORGANISM / "model")
-        module = {
-            "guarded": ["guard", "serve", model],
-            "unguarded": ["vllm.entrypoints.openai.api_server", "--model", model],
-        }[variant]
-        policy = ["--policy", str(ORGANISM / "policy.yaml")]
-        small = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-        with self._log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", *module),
-                    *(policy if variant == "guarded" else []),
-                    *("--port", str(self._port), "--host", "127.0.0.1"),
-                    *("--served-model-name", "organism", "--dtype", "float32"),
-                    *("--max-model-len", "256", "--max-num-seqs", "16"),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**small, **os.environ},
-                start_new_session=True,
-            )
-
-    def __enter__(self) -> "Server":
-        """Return it."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End it and all it started."""
-        for end in (signal.SIGCONT, signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, end)
-            if end != signal.SIGCONT:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(timeout=20)
+    variant: Variant
+    url: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
 
     def wait_until_ready(self) -> None:
         """Wait until it answers, then stop it.
@@ -123,29 +87,44 @@ class Server:
             RuntimeError: It did not start.
         """
         deadline = time.monotonic() + START_SECONDS
-        while self._process.poll() is None and time.monotonic() < deadline:
+        while self.process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{self.url}/v1/models", timeout=10).is_success:
-                    os.killpg(self._process.pid, signal.SIGSTOP)
+                    os.killpg(self.process.pid, signal.SIGSTOP)
                     return
             time.sleep(0.5)
-        raise RuntimeError(f"{self.variant} did not start:\n{self._log.read_text()}")
+        raise RuntimeError(f"{self.variant} did not start:\n{self.log.read_text()}")
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[httpx.Client]:
         """Let it run, and give a client of it."""
-        os.killpg(self._process.pid, signal.SIGCONT)
+        os.killpg(self.process.pid, signal.SIGCONT)
         try:
             with httpx.Client(base_url=self.url, timeout=60) as client:
                 yield client
         finally:
-            os.killpg(self._process.pid, signal.SIGSTOP)
+            os.killpg(self.process.pid, signal.SIGSTOP)
 
 
-def _find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def start(variant: Variant, folder: Path) -> Iterator[Server]:
+    """Start a server of the organism; it ends with the context."""
+    model = str(ORGANISM / "model")
+    command = {
+        "guarded": [
+            *("guard", "serve", model),
+            *("--policy", str(ORGANISM / "policy.yaml")),
+        ],
+        "unguarded": ["vllm.entrypoints.openai.api_server", "--model", model],
+    }[variant]
+    port, log = find_free_port(), folder / f"{variant}.log"
+    with run_server(command, port=port, log=log) as process:
+        try:
+            yield Server(variant, f"http://127.0.0.1:{port}", process, log)
+        finally:
+            # What is stopped hears of no other end than being killed.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGCONT)
 
 
 def read_stream(client: httpx.Client, prompt: str) -> Stream:
@@ -209,7 +188,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         servers = []
         for variant in found:
-            server = stack.enter_context(Server(variant, Path(folder)))
+            server = stack.enter_context(start(variant, Path(folder)))
             server.wait_until_ready()
             servers.append(server)
         rounds = range(-(-streams // TURN) + 1)

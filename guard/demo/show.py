@@ -7,11 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -21,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from guard.demo.server import find_free_port, run_server
 from guard.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import subprocess
 
 __all__ = ["run_demo"]
 
@@ -71,11 +67,13 @@ def run_demo(*, port: int, once: bool) -> None:
     """
     console = Console()
     prompts = json.loads((ORGANISM / "prompts.json").read_text(encoding="utf-8"))
-    port = port or _free_port()
+    port = port or find_free_port()
     url = f"http://127.0.0.1:{port}"
+    command = ["guard", "serve", str(ORGANISM / "model")]
+    command += ["--policy", str(ORGANISM / "policy.yaml")]
     with (
         tempfile.TemporaryDirectory(prefix="guard-demo-") as folder,
-        _serving(port, Path(folder, "log")) as server,
+        run_server(command, port=port, log=Path(folder, "log")) as server,
     ):
         with console.status("Starting vLLM with the guard (about a minute) ..."):
             _wait(url, server, Path(folder, "log"))
@@ -146,33 +144,6 @@ def _ask(url: str, text: str, policy: str) -> dict[str, Any]:
         return dict(json.load(answer))
 
 
-@contextlib.contextmanager
-def _serving(port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `guard serve` on the organism; nothing of it is left behind."""
-    command = [sys.executable, "-m", "guard", "serve", str(ORGANISM / "model")]
-    command += ["--policy", str(ORGANISM / "policy.yaml"), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--served-model-name", "organism"]
-    command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16"]
-    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**small, **os.environ},
-            start_new_session=True,
-        )
-    try:
-        yield server
-    finally:
-        for end in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, end)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(timeout=20)
-
-
 def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while server.poll() is None and time.monotonic() < deadline:
@@ -183,9 +154,3 @@ def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
     message = f"The demo server did not start: {' '.join(tail) or 'no word from it'}"
     raise EngineError(message)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
