@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from vllm_guard.readings import StepReadings
+from vllm_guard.readings import RequestReadings, StepReadings
 from vllm_guard.rows import (
     SLOT_KEY,
     StepRequest,
@@ -56,6 +56,16 @@ def compute(rows: StepRows, tokens: list[int]) -> None:
     marks.visits.add_(NUM_HOOKS)
     places = step.rows_in[:count, 1]
     step.state[:, 0].scatter_reduce_(0, places, (acts == 11).byte(), "amax")
+
+
+def read_on(rows: StepRows, kv_slots: list[int]) -> RequestReadings:
+    """Admit a request on a cached prefix, and let it compute a 6 behind it."""
+    prefix = np.array(kv_slots)
+    first = len(prefix)
+    request = share("b", 1, first=first, admitted=True, prefix_slots=prefix)
+    rows.begin([request], kv_slots=slots(8))
+    compute(rows, [6])
+    return rows.finish()["b"]
 
 
 def test_rows_carry_slot_place_and_first_row_of_their_request() -> None:
@@ -126,11 +136,7 @@ def test_a_cached_prefix_brings_its_readings_along() -> None:
     rows.begin([share("a", 5)], kv_slots=slots(20, 21, 22, 23, 4))
     compute(rows, [3, 5, 7, 9, 2])
     rows.finish()
-    prefix = np.array([20, 21, 22, 23])
-    again = share("b", 1, first=4, admitted=True, prefix_slots=prefix)
-    rows.begin([again], kv_slots=slots(8))
-    compute(rows, [6])
-    reading = rows.finish()["b"]
+    reading = read_on(rows, [20, 21, 22, 23])
     assert reading.first == 0
     assert reading.scores[:, 0].tolist() == [3, 5, 7, 9, 6]
     assert reading.clamped.tolist() == [3, 1, 3, 1, 2]
@@ -143,23 +149,14 @@ def test_a_prefix_that_missed_a_hook_is_not_taken_for_read() -> None:
     compute(rows, [3, 5, 7, 9])
     rows.step.marks[1, 2] = NUM_HOOKS - 1
     assert rows.finish()["a"].guarded == 3
-    prefix = np.array([20, 21, 22, 23])
-    again = share("b", 1, first=4, admitted=True, prefix_slots=prefix)
-    rows.begin([again], kv_slots=slots(8))
-    compute(rows, [6])
-    reading = rows.finish()["b"]
+    reading = read_on(rows, [20, 21, 22, 23])
     assert reading.first == 2
     assert reading.scores[:, 0].tolist() == [7, 9, 6]
 
 
 def test_a_prefix_that_nothing_ever_computed_is_not_taken_for_read() -> None:
     rows = make_rows()
-    prefix = np.array([20, 21, 22, 23])
-    rows.begin(
-        [share("b", 1, first=4, admitted=True, prefix_slots=prefix)], kv_slots=slots(8)
-    )
-    compute(rows, [6])
-    assert rows.finish()["b"].first == 4
+    assert read_on(rows, [20, 21, 22, 23]).first == 4
 
 
 def test_a_prefix_that_a_neighbour_computes_in_the_same_step_is_read_after_it() -> None:
