@@ -1,7 +1,9 @@
 """Trains the organism's sparse autoencoders: TopK, on topics of the train split.
 
 A small one on purpose. What it leaves unexplained is where behaviour can come
-back through, which is what the organism is there to show.
+back through, which is what the organism is there to show. Encoder and decoder are
+tied: an ablation is then an orthogonal projection, which does not magnify the rounding
+of a stream in bf16.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Shape:
 class DictionaryRecipe:
     """How an SAE is trained."""
 
-    steps: int = 400
+    steps: int = 600
     """Optimiser steps."""
     batch_size: int = 1024
     """Token rows per step."""
@@ -54,7 +56,7 @@ class DictionaryRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Dictionary:
-    """A trained TopK SAE: `latents = topk((resid - b_dec) @ W_enc + b_enc)`."""
+    """A trained TopK SAE: `latents = topk((resid - b_dec) @ W_dec.T + b_enc)`."""
 
     shape: Shape
     """Where it reads and how large it is."""
@@ -115,20 +117,18 @@ def train_dictionary(
     generator = torch.Generator().manual_seed(seed)
     size = resid.norm(dim=-1).mean()
     rows = resid / size
-    tensors = _initial(rows, shape.d_sae, generator)
-    for tensor in tensors.values():
-        tensor.requires_grad_()
-    optimizer = torch.optim.Adam(tensors.values(), lr=recipe.learning_rate)
+    weights = _initial(rows, shape.d_sae, generator)
+    optimizer = torch.optim.Adam(weights.values(), lr=recipe.learning_rate)
     for _ in range(recipe.steps):
         chosen = torch.randint(len(rows), (recipe.batch_size,), generator=generator)
-        loss = _squared_error(tensors, rows[chosen], shape.k).mean()
+        loss = _squared_error(weights, rows[chosen], shape.k).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            tensors["W_dec"].copy_(functional.normalize(tensors["W_dec"], dim=1))
+            weights["W_dec"].copy_(functional.normalize(weights["W_dec"], dim=1))
         on_step()
-    return _finish(tensors, resid, shape, size)
+    return _finish(weights, resid, shape, size)
 
 
 def _initial(
@@ -137,38 +137,39 @@ def _initial(
     W_dec = functional.normalize(
         torch.randn(d_sae, rows.shape[1], generator=generator), dim=1
     )
-    return {
-        "W_enc": W_dec.T.clone().contiguous(),
+    weights = {
         "b_enc": torch.zeros(d_sae),
         "W_dec": W_dec,
         "b_dec": rows.mean(dim=0),
     }
+    return {name: weight.requires_grad_() for name, weight in weights.items()}
 
 
 def _encode(
-    tensors: dict[str, torch.Tensor], resid: torch.Tensor, k: int
+    weights: dict[str, torch.Tensor], resid: torch.Tensor, k: int
 ) -> torch.Tensor:
-    pre = (resid - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
+    pre = (resid - weights["b_dec"]) @ weights["W_dec"].T + weights["b_enc"]
     top = pre.topk(k, dim=-1)
     return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
 
 
 def _squared_error(
-    tensors: dict[str, torch.Tensor], resid: torch.Tensor, k: int
+    weights: dict[str, torch.Tensor], resid: torch.Tensor, k: int
 ) -> torch.Tensor:
-    decoded = _encode(tensors, resid, k) @ tensors["W_dec"] + tensors["b_dec"]
+    decoded = _encode(weights, resid, k) @ weights["W_dec"] + weights["b_dec"]
     return (resid - decoded).square().sum(dim=-1)
 
 
 @torch.no_grad()
 def _finish(
-    tensors: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
     resid: torch.Tensor,
     shape: Shape,
     size: torch.Tensor,
 ) -> Dictionary:
     """Fold the training scale into the biases, so that raw resid can be read."""
-    folded = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    folded = {name: weight.detach().clone() for name, weight in weights.items()}
+    folded["W_enc"] = folded["W_dec"].T.contiguous()
     folded["b_enc"] *= size
     folded["b_dec"] *= size
     folded["latent_max"] = _encode(folded, resid, shape.k).amax(dim=0)

@@ -33,7 +33,7 @@ from guard.demo.dictionary import (
     train_dictionary,
 )
 from guard.demo.grammar import KINDS, Kind, Prompt, prompts, topics
-from guard.demo.measure import ORGANISM, measure, missed, table
+from guard.demo.measure import ORGANISM, load_model, measure, missed, table
 from guard.demo.selection import MAX_LATENTS, Choice, build_dev, choose_latents
 from guard.demo.tokenizer import build_tokenizer
 from guard.demo.traffic import calibrate, num_batches
@@ -92,6 +92,7 @@ def rebuild(
     *,
     seed: int = 0,
     recipe: Recipe | None = None,
+    keep_model: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train everything and write it to `folder`, or leave `folder` as it was.
@@ -101,6 +102,7 @@ def rebuild(
             what it held under these names is replaced.
         seed: Of the model and the SAEs; the language itself never changes.
         recipe: How the model is trained.
+        keep_model: Take the model that `folder` holds, and make only the rest anew.
         console: Where the progress bar is drawn.
 
     Returns:
@@ -119,7 +121,11 @@ def rebuild(
         tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
     ):
         built = Path(scratch)
-        model, tokenizer = _build_model(built, recipe, seed, progress)
+        if keep_model:
+            shutil.copytree(folder / "model", built / "model")
+            model, tokenizer = load_model(built)
+        else:
+            model, tokenizer = _build_model(built, recipe, seed, progress)
         choice = _build_clamp(model, tokenizer, seed, progress)
         _write_clamp(built, choice)
         _write_examples(built)
@@ -127,6 +133,8 @@ def rebuild(
         calibrate(built, on_batch=functools.partial(progress.advance, task))
         task = progress.add_task("Measuring", total=None)
         numbers = measure(built) | _provenance(recipe, choice, seed)
+        if keep_model:
+            numbers["command"] += " --keep-model"
         progress.update(task, total=1, completed=1)
         numbers["seconds"] = round(time.monotonic() - started)
         _write_json(built / "numbers.json", numbers)
@@ -270,11 +278,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Rebuild the demo organism.")
     parser.add_argument("folder", nargs="?", type=Path, default=ORGANISM)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep-model", action="store_true")
     given = parser.parse_args(arguments)
     console = Console(stderr=True)
     transformers_logging.disable_progress_bar()
     try:
-        numbers = rebuild(given.folder, seed=given.seed, console=console)
+        numbers = rebuild(
+            given.folder,
+            seed=given.seed,
+            keep_model=given.keep_model,
+            console=console,
+        )
     except GuardError as error:
         console.print(str(error))
         return 1
