@@ -1,7 +1,16 @@
-"""What benign traffic looks like to one score: its statistics and its thresholds.
+"""What benign traffic looks like to a policy's monitors, and the thresholds it sets.
 
-Fitted once on benign prompts, saved as one safetensors file, loaded by the worker (the
-statistics) and by the engine core (the thresholds).
+Fitted once on benign requests, saved as one safetensors file, loaded by the worker (the
+statistics of each score) and by the engine core (the thresholds).
+
+Thresholds are split-conformal and joint. Each request gives one row of maxima, a number
+per monitor. A monitor's number is put on a scale on which all have the same tail: `(x -
+level) / spread`, with the level that one request in ten exceeds and the mean excess
+over it, both from requests that take no further part. The largest of a request's scaled
+numbers, each less what its share of the false-alarm budget allows, is one number per
+request; its conformal quantile gives every monitor its threshold. So the probability
+that any of them alarms on a benign request is bounded, whatever their correlation, and
+nothing is given away where they alarm together.
 """
 
 import bisect
@@ -10,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,135 +29,228 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from guard.errors import CalibrationError
-from guard.monitor import SCORES, Activations
+from guard.policy import OnAlarm, Policy, Stage
+from guard.score import SCORES
 
-__all__ = ["Calibration", "fit_calibration", "load_calibration", "save_calibration"]
+__all__ = [
+    "Calibration",
+    "Entry",
+    "as_written",
+    "check_lengths",
+    "excess_probability",
+    "fit_scales",
+    "load_calibration",
+    "needed_requests",
+    "save_calibration",
+    "share_budgets",
+]
 
-FORMAT = 1
-_MAXIMA = "maxima."
-_STATISTICS = "statistics."
+FORMAT = 2
+_TAIL = 0.9
+"""Quantile above which a monitor's maxima are taken to fall off exponentially."""
+_LEAST = 1e-6
+"""Smallest spread, relative to the level: a score may be constant on benign traffic."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One monitor, as it was calibrated."""
+
+    score: str
+    """A key of `guard.score.SCORES`."""
+    hook_point: str
+    stage: Stage | None
+    """Which tokens counted."""
+    window: int
+    """Over how many consecutive tokens the score was averaged."""
+    statistics: Mapping[str, Tensor]
+    """What the score's `fit` returned; the weights of a probe."""
+    sae_sha256: str | None = None
+    """Digest of the SAE that the score needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The statistics of one score, and the maxima of held-out benign requests."""
+    """The statistics of a policy's monitors, and the maxima of benign requests."""
 
-    score: str
-    """A key of `guard.monitor.SCORES`."""
-    hook_point: str
-    statistics: Mapping[str, Tensor]
-    """What the score's `fit` returned."""
+    entries: Mapping[str, Entry]
+    """By the monitor's name; their order is that of the columns below."""
     lengths: tuple[int, ...]
     """Largest total length, in tokens, of each bucket; ascending."""
+    scales: tuple[Tensor, ...]
+    """For each bucket level and spread of each monitor, `[num_entries, 2]`."""
     maxima: tuple[Tensor, ...]
-    """For each bucket the sorted per-request maxima, `[num_requests]`."""
+    """For each bucket the maxima of each held-out request, `[num_requests,
+    num_entries]`; -inf where a request had no token of the monitor's stage."""
     provenance: Mapping[str, Any]
-    """Where it came from: model, SAE digest, policy, prompts, versions, date."""
+    """Where it came from: model, clamps, dtype, prompts, versions, date."""
 
-    def threshold(self, total_length: int, *, target_fpr: float) -> float:
-        """Return the split-conformal threshold of a request.
+    def bucket(self, total_length: int) -> int:
+        """Return the bucket of a request that can have so many tokens.
 
-        The k-th smallest of n held-out maxima, k = ceil((n + 1) (1 - target_fpr)), is
-        exceeded by a further exchangeable request with probability of at most
-        `target_fpr` (Vovk et al., "Algorithmic Learning in a Random World", 2005).
+        One longer than every bucket is judged by the last.
+        """
+        found = bisect.bisect_left(self.lengths, total_length)
+        return min(found, len(self.lengths) - 1)
+
+    def thresholds(
+        self, total_length: int, *, targets: Mapping[str, Fraction]
+    ) -> dict[str, float]:
+        """Return the joint thresholds of some monitors for a request.
+
+        With n held-out requests, the k-th smallest of their joint numbers, k =
+        ceil((n + 1) (1 - target)), is exceeded by a further exchangeable request with
+        probability of at most the target, which is the sum of the monitors' own (Vovk
+        et al., "Algorithmic Learning in a Random World", 2005).
 
         Args:
-            total_length: Most tokens the request can have, prompt and output. One
-                longer than every bucket is judged by the last.
-            target_fpr: Wanted share of benign requests that alarm.
+            total_length: Most tokens the request can have, prompt and output.
+            targets: By name of the entry, its share of false alarms.
+
+        Returns:
+            By name, in the score's unit; a larger score is an alarm.
 
         Raises:
             CalibrationError: The bucket holds too few requests for the target.
         """
-        bucket = min(
-            bisect.bisect_left(self.lengths, total_length), len(self.lengths) - 1
-        )
-        maxima = self.maxima[bucket]
-        target = Fraction(str(target_fpr))  # as written: 1 - 0.45 is above 0.55
-        rank = math.ceil((len(maxima) + 1) * (1 - target))
-        if rank > len(maxima):
-            needed = math.ceil(1 / target) - 1
+        bucket = self.bucket(total_length)
+        target = sum(targets.values(), Fraction(0))
+        names = list(self.entries)
+        columns = [names.index(name) for name in targets]
+        level, spread = self.scales[bucket].double()[columns].unbind(1)
+        allowed = -torch.tensor([float(t / target) for t in targets.values()]).log()
+        allowed = allowed.double()
+        maxima = self.maxima[bucket].double()[:, columns]
+        joint = ((maxima - level) / spread - allowed).amax(1).sort().values
+        rank = math.ceil((len(joint) + 1) * (1 - target))
+        if rank > len(joint):
             message = (
-                f"The calibration of score {self.score!r} holds {len(maxima)} requests "
-                f"of up to {self.lengths[bucket]} tokens; a target_fpr of "
-                f"{target_fpr:g} needs at least {needed}."
+                f"The calibration holds {len(joint)} requests of up to "
+                f"{self.lengths[bucket]} tokens; a target_fpr of {float(target):g}, "
+                f"the sum over {', '.join(targets)}, needs at least "
+                f"{needed_requests(target)}."
             )
             raise CalibrationError(message)
-        return float(maxima[rank - 1])
+        found = level + spread * (joint[rank - 1] + allowed)
+        return dict(zip(targets, found.tolist(), strict=True))
 
 
-def fit_calibration(
-    score: str,
-    *,
-    hook_point: str,
-    fitting: Activations,
-    held_out: Sequence[Activations],
-    lengths: Sequence[int],
-    provenance: Mapping[str, Any],
-) -> Calibration:
-    """Fit a score on some benign tokens and its thresholds on other requests.
+def share_budgets(policy: Policy) -> dict[tuple[str, OnAlarm], dict[str, Fraction]]:
+    """Return which monitors of a policy share their false-alarm budgets.
+
+    Those with one calibration and one action: what only flags takes nothing from what
+    blocks.
+
+    Returns:
+        By path of the calibration and action, the target of each monitor by name.
+    """
+    groups: dict[tuple[str, OnAlarm], dict[str, Fraction]] = {}
+    for monitor in policy.monitors:
+        group = groups.setdefault((str(monitor.calibration), monitor.on_alarm), {})
+        group[monitor.name] = as_written(monitor.target_fpr)
+    return groups
+
+
+def as_written(number: float) -> Fraction:
+    """Return a number as it was written: 1 - 0.45 is above 0.55 in floating point."""
+    return Fraction(str(number))
+
+
+def excess_probability(
+    alarms: int, *, requests: int, held_out: int, target_fpr: float
+) -> float:
+    """Return the probability of as many alarms or more on fresh benign requests.
+
+    A threshold that is the k-th smallest of n held-out numbers is exceeded by a further
+    one with a probability drawn from Beta(n + 1 - k, k); so the alarms among m requests
+    are beta-binomial (Vovk, "Conditional validity of inductive conformal predictors",
+    2012).
 
     Args:
-        score: A key of `guard.monitor.SCORES`.
-        hook_point: Where the activations were taken.
-        fitting: Benign tokens, all requests concatenated, without sinks.
-        held_out: One entry per benign request that had no part in `fitting`.
-        lengths: Largest total length of each bucket, in tokens, ascending.
-        provenance: Kept in the file as it is; must be JSON.
+        alarms: How many were seen.
+        requests: m.
+        held_out: n.
+        target_fpr: From which k follows.
+    """
+    rank = math.ceil((held_out + 1) * (1 - as_written(target_fpr)))
+    a, b = held_out + 1 - rank, rank
+
+    def log_beta(x: float, y: float) -> float:
+        return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
+
+    def log_probability(count: int) -> float:
+        choose = -log_beta(count + 1, requests - count + 1) - math.log(requests + 1)
+        return choose + log_beta(count + a, requests - count + b) - log_beta(a, b)
+
+    below = sum(math.exp(log_probability(count)) for count in range(alarms))
+    return max(1.0 - below, 0.0)
+
+
+def needed_requests(target_fpr: Fraction) -> int:
+    """Return how many held-out requests a bucket needs for a false-alarm rate."""
+    return math.ceil(1 / target_fpr) - 1
+
+
+def fit_scales(maxima: Tensor) -> Tensor:
+    """Return level and spread of each monitor's maxima.
+
+    Args:
+        maxima: Of requests that set no threshold, `[num_requests, num_entries]`.
+
+    Returns:
+        fp32 `[num_entries, 2]`: the 90 % quantile, and the mean excess over it, which
+        describes an exponential tail (Pickands, "Statistical inference using extreme
+        order statistics", 1975, with shape 0).
 
     Raises:
-        CalibrationError: The score is unknown, a bucket has no request, or one
-            scores what is not a number.
+        CalibrationError: A monitor saw no token, or something that is no number.
     """
-    if score not in SCORES:
-        message = f"Unknown score {score!r}; expected one of {', '.join(SCORES)}."
-        raise CalibrationError(message)
-    statistics = SCORES[score].fit(fitting)
-    buckets: list[list[float]] = [[] for _ in lengths]
-    for request in held_out:
-        bucket = bisect.bisect_left(lengths, len(request.resid))
-        if bucket == len(lengths):
+    scales = []
+    for column in maxima.double().unbind(1):
+        seen = column[column > -math.inf]
+        if not len(seen) or not seen.isfinite().all():
             message = (
-                f"A held-out request has {len(request.resid)} tokens, more than the "
-                f"largest bucket; expected at most {lengths[-1]}."
+                "A monitor's score was never finite on benign traffic; expected "
+                "requests with tokens of its stage."
             )
             raise CalibrationError(message)
-        maximum = float(SCORES[score].apply(request, statistics).max())
-        if not math.isfinite(maximum):
-            message = f"A held-out request scores {maximum}; expected a finite number."
-            raise CalibrationError(message)
-        buckets[bucket].append(maximum)
-    for length, bucket_maxima in zip(lengths, buckets, strict=True):
-        if not bucket_maxima:
-            message = (
-                f"No held-out request falls into the bucket up to {length} tokens."
-            )
-            raise CalibrationError(message)
-    return Calibration(
-        score=score,
-        hook_point=hook_point,
-        statistics=statistics,
-        lengths=tuple(lengths),
-        maxima=tuple(torch.tensor(sorted(bucket)) for bucket in buckets),
-        provenance=provenance,
-    )
+        level = seen.quantile(_TAIL)
+        above = seen[seen > level] - level
+        spread = above.mean() if len(above) else level.new_zeros(())
+        least = _LEAST * level.abs().clamp(min=1.0)
+        scales.append(torch.stack([level, spread.clamp(min=least)]))
+    return torch.stack(scales).float()
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
     """Write one safetensors file; what is not a tensor goes into its metadata."""
-    tensors = {f"{_STATISTICS}{k}": v for k, v in calibration.statistics.items()}
-    for length, maxima in zip(calibration.lengths, calibration.maxima, strict=True):
-        tensors[f"{_MAXIMA}{length}"] = maxima
+    tensors = {}
+    for name, entry in calibration.entries.items():
+        for key, value in entry.statistics.items():
+            tensors[f"statistics/{name}/{key}"] = value
+    for length, scales, maxima in zip(
+        calibration.lengths, calibration.scales, calibration.maxima, strict=True
+    ):
+        tensors[f"scales/{length}"] = scales
+        tensors[f"maxima/{length}"] = maxima
     about = {
         "format": FORMAT,
-        "score": calibration.score,
-        "hook_point": calibration.hook_point,
+        "entries": {
+            name: {
+                "score": entry.score,
+                "hook_point": entry.hook_point,
+                "stage": entry.stage,
+                "window": entry.window,
+                "sae_sha256": entry.sae_sha256,
+            }
+            for name, entry in calibration.entries.items()
+        },
         "requests": [len(maxima) for maxima in calibration.maxima],
         "provenance": dict(calibration.provenance),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"guard": json.dumps(about, sort_keys=True)})
+    save_file(contiguous, path, metadata={"guard": json.dumps(about)})
 
 
 def load_calibration(path: Path) -> Calibration:
@@ -160,47 +263,80 @@ def load_calibration(path: Path) -> Calibration:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["guard"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        if about["format"] != FORMAT or about["score"] not in SCORES:
+        if about["format"] != FORMAT:
             message = (
-                f"{path}: calibration of format {about['format']!r} for score "
-                f"{about['score']!r}; expected format {FORMAT} and one of "
-                f"{', '.join(SCORES)}."
+                f"{path}: calibration of format {about['format']!r}; expected format "
+                f"{FORMAT}. Calibrate again."
             )
             raise CalibrationError(message)
-        buckets = sorted(
-            (int(name.removeprefix(_MAXIMA)), tensor)
-            for name, tensor in tensors.items()
-            if name.startswith(_MAXIMA)
-        )
-        if not buckets or not all(_is_usable(maxima) for _, maxima in buckets):
-            message = f"{path}: its maxima are not ascending numbers; calibrate again."
-            raise CalibrationError(message)
-        return Calibration(
-            score=about["score"],
-            hook_point=about["hook_point"],
-            statistics={
-                name.removeprefix(_STATISTICS): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(_STATISTICS)
-            },
-            lengths=tuple(length for length, _ in buckets),
-            maxima=tuple(maxima for _, maxima in buckets),
-            provenance=dict(about["provenance"]),
-        )
+        calibration = _assemble(about, tensors)
     except FileNotFoundError as error:
         message = f"{path}: no such calibration; `guard calibrate` writes one."
         raise CalibrationError(message) from error
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    except (
+        SafetensorError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as error:
         message = f"{path}: not a calibration that `guard calibrate` wrote ({error})."
         raise CalibrationError(message) from error
+    if not _is_usable(calibration):
+        message = f"{path}: its maxima and scales are not usable; calibrate again."
+        raise CalibrationError(message)
+    return calibration
 
 
-def _is_usable(maxima: Tensor) -> bool:
-    """Whether a threshold can be read off; no score is above one that is NaN."""
-    return (
-        maxima.dim() == 1
-        and maxima.is_floating_point()
-        and len(maxima) > 0
-        and bool(maxima.isfinite().all())
-        and bool((maxima.diff() >= 0).all())
+def _assemble(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+
+    entries = {
+        name: Entry(**values, statistics=named(f"statistics/{name}/"))
+        for name, values in about["entries"].items()
+    }
+    unknown = {entry.score for entry in entries.values()} - set(SCORES)
+    if unknown:
+        message = f"unknown score {unknown.pop()!r}"
+        raise ValueError(message)
+    maxima = {int(length): tensor for length, tensor in named("maxima/").items()}
+    lengths = sorted(maxima)
+    return Calibration(
+        entries=entries,
+        lengths=tuple(lengths),
+        scales=tuple(tensors[f"scales/{length}"] for length in lengths),
+        maxima=tuple(maxima[length] for length in lengths),
+        provenance=dict(about["provenance"]),
     )
+
+
+def _is_usable(calibration: Calibration) -> bool:
+    """Whether thresholds can be read off; no score is above one that is NaN."""
+    width = len(calibration.entries)
+    return bool(calibration.lengths) and all(
+        scales.shape == (width, 2)
+        and maxima.dim() == 2
+        and maxima.shape[1] == width
+        and len(maxima) > 0
+        and bool(scales.isfinite().all())
+        and bool((scales[:, 1] > 0).all())
+        and bool((maxima < math.inf).all())
+        for scales, maxima in zip(calibration.scales, calibration.maxima, strict=True)
+    )
+
+
+def check_lengths(lengths: Sequence[int]) -> None:
+    """Refuse bounds of buckets that do not ascend.
+
+    Raises:
+        CalibrationError: They do not.
+    """
+    if not lengths or any(a >= b for a, b in pairwise(lengths)):
+        message = f"Lengths {list(lengths)} do not ascend; expected e.g. 64, 128, 256."
+        raise CalibrationError(message)

@@ -319,6 +319,8 @@ class Clamp(nn.Module):
         Returns:
             `[num_tokens]`, native units; 0 where the row's policy clamps nothing.
         """
+        if not len(self.columns):
+            return encoded.latents.new_zeros(len(slot))
         latents = encoded.latents.index_select(1, self.columns)
         clamped = self.rule_of[slot] < MAX_RULES
         return torch.where(clamped, latents, 0.0).amax(1)

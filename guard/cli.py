@@ -2,17 +2,18 @@
 
 import json
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from typer.exceptions import TyperException
 
 from guard import __version__
-from guard.errors import EngineError, GuardError
-from guard.policy import fingerprint, load_policy
+from guard.errors import CalibrationError, EngineError, GuardError, PolicyError
+from guard.policy import PolicyFile, fingerprint, load_policy
+from guard.prompt import read_prompts
 
 __all__ = ["app", "main"]
 
@@ -86,22 +87,158 @@ def check(policy: Annotated[Path, typer.Argument(help="The policy file.")]) -> N
         )
 
 
+probe_app = typer.Typer(no_args_is_help=True)
+app.add_typer(probe_app, name="probe", help="Probes that a policy's monitors watch.")
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="What vLLM takes; not needed with --url.")
+]
+NameOption = Annotated[
+    str, typer.Option(help="The policy of the file; its default without.")
+]
+PromptsOption = Annotated[Path, typer.Option(help="JSON lines, see the README.")]
+KeyOption = Annotated[
+    str, typer.Option(envvar="VLLM_API_KEY", help="Where the server checks keys.")
+]
+DtypeOption = Annotated[str, typer.Option(help="As the server will run it.")]
+LengthOption = Annotated[int | None, typer.Option(help="Longest context, in tokens.")]
+
+
+@app.command()
+def calibrate(
+    policy: PolicyOption,
+    prompts: PromptsOption,
+    model: ModelArgument = "",
+    *,
+    name: NameOption = "",
+    url: Annotated[
+        str, typer.Option(help="Of a running server that sets thresholds anew.")
+    ] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Re-measure false alarms, write nothing.")
+    ] = False,
+    target_fpr: Annotated[
+        float | None, typer.Option(help="A rate the prompts must support, besides.")
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Largest total length of each bucket: 64,256,1024.")
+    ] = "",
+    dtype: DtypeOption = "auto",
+    max_model_len: LengthOption = None,
+    api_key: KeyOption = "",
+) -> None:
+    """Fit a policy's monitors and their thresholds on benign prompts."""
+    from guard.client import Client
+    from guard.command import calibrate as command
+
+    policy_file = load_policy(policy)
+    chosen = _choose(policy_file, name)
+    lines = read_prompts(prompts)
+    console = Console(stderr=True)
+    if target_fpr is not None:
+        command.check_target(target_fpr, lines, recorded=not (url or check))
+    options = {"dtype": dtype, "max_model_len": max_model_len}
+    if url or check:
+        server = (
+            Client(url, api_key=api_key, policy=chosen)
+            if url
+            else _offline().GuardedEngine(_given(model), policy, chosen, **options)
+        )
+        if not check:
+            path = command.renew_thresholds(
+                policy_file, chosen, lines, server=server, console=console
+            )
+            typer.echo(f"Wrote {path}")
+        elif not command.check_calibration(
+            policy_file, chosen, lines, server=server, console=console
+        ):
+            message = "More benign requests alarm than the policy promises."
+            raise CalibrationError(message)
+        return
+    path = command.make_calibration(
+        policy_file,
+        chosen,
+        lines,
+        start=lambda: _offline().RecordingEngine(
+            _given(model), policy, chosen, **options
+        ),
+        model=_given(model),
+        lengths=_read_lengths(lengths),
+        console=console,
+    )
+    typer.echo(f"Wrote {path}")
+
+
+@probe_app.command("train")
+def train_probe(
+    model: ModelArgument,
+    policy: PolicyOption,
+    prompts: PromptsOption,
+    *,
+    name: NameOption = "",
+    dtype: DtypeOption = "auto",
+    max_model_len: LengthOption = None,
+) -> None:
+    """Train the probes of a policy on labelled prompts, judged on unseen groups."""
+    from guard.check import load_saes
+    from guard.command.probe import make_probes
+    from guard.recording import Reader
+
+    policy_file = load_policy(policy)
+    chosen = _choose(policy_file, name)
+    options = {"dtype": dtype, "max_model_len": max_model_len}
+    make_probes(
+        Reader(policy_file, chosen, load_saes(policy_file)),
+        read_prompts(prompts),
+        start=lambda: _offline().RecordingEngine(model, policy, chosen, **options),
+        console=Console(stderr=True),
+    )
+
+
+def _choose(policy_file: PolicyFile, name: str) -> str:
+    chosen = name or policy_file.default_policy
+    if chosen not in policy_file.policies:
+        known = ", ".join(policy_file.policies)
+        message = f"Unknown policy {chosen!r}; expected one of {known}."
+        raise PolicyError(message)
+    return chosen
+
+
+def _given(model: str) -> str:
+    if not model:
+        message = "No model was named; expected one, or --url of a running server."
+        raise EngineError(message)
+    return model
+
+
+def _read_lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError as error:
+        message = f"--lengths {text!r} are not numbers; expected e.g. 64,256,1024."
+        raise CalibrationError(message) from error
+
+
+def _offline() -> ModuleType:
+    """Return the module of the plugin that runs an engine without a server."""
+    try:
+        from vllm_guard import offline
+    except ImportError as error:
+        message = f"The vLLM plugin cannot be imported ({error}); install it anew."
+        raise EngineError(message) from error
+    return offline
+
+
 @app.command()
 def status(
     url: Annotated[str, typer.Option(help="Of the server.")] = "http://localhost:8000",
-    api_key: Annotated[
-        str, typer.Option(envvar="VLLM_API_KEY", help="Where the server checks keys.")
-    ] = "",
+    api_key: KeyOption = "",
 ) -> None:
     """Show what a running server says of its guard."""
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        request = urllib.request.Request(f"{url}/guard/status", headers=headers)
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            typer.echo(json.dumps(json.load(answer), indent=2))
-    except (urllib.error.URLError, ValueError) as error:
-        message = f"{url} does not answer as a guarded server: {error}."
-        raise EngineError(message) from error
+    from guard.client import Client
+
+    said = Client(url, api_key=api_key).call("/guard/status")
+    typer.echo(json.dumps(said, indent=2))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ A message says what is wrong, then what would be right. The tree:
     ├── PolicyError        the policy file cannot be used as it is
     ├── SaeError           an SAE file cannot be used, or is not the one it claims
     ├── CalibrationError   a calibration does not fit what it is to judge
+    ├── PromptError        a file of prompts cannot be read
     ├── RequestError       a client asked for what it may not have
     └── EngineError        an engine, or an option of it, the guard cannot work on
 """
@@ -17,6 +18,7 @@ __all__ = [
     "EngineError",
     "GuardError",
     "PolicyError",
+    "PromptError",
     "RequestError",
     "SaeError",
 ]
@@ -36,6 +38,10 @@ class SaeError(GuardError):
 
 class CalibrationError(GuardError):
     """A calibration that does not fit the SAE, the model or the score."""
+
+
+class PromptError(GuardError):
+    """A file of prompts that is missing or malformed."""
 
 
 class RequestError(GuardError):

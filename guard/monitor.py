@@ -1,171 +1,144 @@
-"""Scores of every token after the clamp, and what they add up to in a request.
+"""What monitors see: columns of scores per token, and what they add up to in a request.
 
-A score is one small pair of functions, fit and apply; `SCORES` lists them. `Monitor`
-runs in the worker, inside the graph: one column of numbers per score. `Watch` runs in
-the engine core: it holds one request's numbers against the thresholds of its policy.
+`Monitor` runs in the worker, inside the graph: one column of numbers per score. `Watch`
+runs in the engine core: it holds one request's numbers against the thresholds of its
+policy. `sum_up` is the same over a whole request at once, for calibration and as the
+plain reference of `Watch`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from guard.policy import Policy, PolicyFile
+from guard.policy import Monitor as MonitorRule
+from guard.policy import Policy, PolicyFile, Stage
+from guard.score import SCORES, Activations, Score, Statistics
 
 __all__ = [
-    "SCORES",
-    "Activations",
+    "EXEMPT",
     "Column",
     "Monitor",
     "Reading",
-    "Score",
     "Watch",
+    "column_of",
     "list_columns",
+    "sum_up",
 ]
 
-Stage = Literal["prompt", "output"]
 
-
-class Activations(NamedTuple):
-    """What a score may look at, after the clamp; both fp32 `[num_tokens, d_model]`."""
-
-    resid: Tensor
-    """The residual stream."""
-    error: Tensor
-    """What the SAE does not explain: `resid - decode(encode(resid))`."""
-
-
-Statistics = Mapping[str, Tensor]
-
-
-class Score(NamedTuple):
-    """A number per token, and how to learn on benign traffic what is usual."""
-
-    fit: Callable[[Activations], dict[str, Tensor]]
-    """Benign activations to the statistics that `apply` needs."""
-    apply: Callable[[Activations, Statistics], Tensor]
-    """Activations and statistics to `[num_tokens]`; larger is less usual."""
-
-
-def fit_nothing(_activations: Activations) -> dict[str, Tensor]:
-    """Return no statistics, for a score that needs none."""
-    return {}
-
-
-def error_norm(activations: Activations, _statistics: Statistics) -> Tensor:
-    """Return the norm of the SAE's reconstruction error, `[num_tokens]`."""
-    return activations.error.norm(dim=1)
-
-
-def fit_density(activations: Activations) -> dict[str, Tensor]:
-    """Fit mean and whitening of `resid`, covariance shrunk by Ledoit and Wolf.
-
-    The shrinkage towards a scaled identity has the closed form of Ledoit and Wolf,
-    "A well-conditioned estimator for large-dimensional covariance matrices" (2004),
-    section 3.3.
-
-    Returns:
-        `mean` `[d_model]` and `whitener` `[d_model, d_model]`.
-    """
-    resid = activations.resid.double()
-    num_tokens, d_model = resid.shape
-    mean = resid.mean(0)
-    centred = resid - mean
-    covariance = centred.T @ centred / num_tokens
-    scale = covariance.diagonal().mean()
-    target = scale * torch.eye(d_model, dtype=resid.dtype)
-    distance = (covariance - target).square().sum()
-    noise = centred.square().sum(1).square().sum() / num_tokens
-    noise = (noise - covariance.square().sum()) / num_tokens
-    shrinkage = (noise / distance).clamp(0, 1) if distance > 0 else 1.0
-    shrunk = shrinkage * target + (1 - shrinkage) * covariance
-    values, vectors = torch.linalg.eigh(shrunk)
-    whitener = vectors / values.clamp(min=1e-12).sqrt()
-    return {"mean": mean.float(), "whitener": whitener.float()}
-
-
-def density(activations: Activations, statistics: Statistics) -> Tensor:
-    """Return the Mahalanobis distance of `resid`, `[num_tokens]`."""
-    return ((activations.resid - statistics["mean"]) @ statistics["whitener"]).norm(
-        dim=1
-    )
-
-
-SCORES: dict[str, Score] = {
-    "error_norm": Score(fit_nothing, error_norm),
-    "density": Score(fit_density, density),
-}
+EXEMPT = float(np.finfo(np.float32).min)
+"""Reads instead of a score on a row that is not scored: a true BOS at position 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
     """One number per token row, as the worker computes and the engine core reads it."""
 
-    sae: str
-    """Name of the SAE in the policy file."""
+    hook_point: str
+    """Where it is read."""
     score: str
-    """A key of `SCORES`, or `error_ratio` or `clamp_residual`, which are only seen."""
+    """A key of `SCORES`; `error_ratio` is only seen, and so is what has no entry."""
+    sae: str | None = None
+    """Name in the policy file of the SAE that the score needs."""
     calibration: str | None = None
-    """Path of the statistics, where the score has a calibration."""
+    """Path of the calibration that holds its statistics."""
+    entry: str | None = None
+    """Under which name they stand there."""
+
+
+def column_of(policy_file: PolicyFile, monitor: MonitorRule) -> Column:
+    """Return the column that a monitor of a policy reads."""
+    return Column(
+        hook_point=policy_file.hook_point(monitor),
+        score=monitor.score,
+        sae=monitor.sae if SCORES[monitor.score].needs_sae else None,
+        calibration=str(monitor.calibration),
+        entry=monitor.name,
+    )
 
 
 def list_columns(policy_file: PolicyFile) -> tuple[Column, ...]:
     """Return the columns of a policy file, in the order of their numbers.
 
-    Every process derives the same order from the same file. Each monitored SAE also
-    has two columns without a threshold, for the metrics people ask for.
+    Every process derives the same order from the same file. Each SAE that a monitor
+    decodes also has two columns without a threshold, for the metrics people ask for.
     """
     columns: dict[Column, None] = {}
     for policy in policy_file.policies.values():
         for monitor in policy.monitors:
-            columns.setdefault(Column(monitor.sae, "error_ratio"))
-            columns.setdefault(Column(monitor.sae, "clamp_residual"))
-            path = str(monitor.calibration)
-            columns.setdefault(Column(monitor.sae, monitor.score, path))
+            column = column_of(policy_file, monitor)
+            if column.sae is not None:
+                for seen in ("error_ratio", "clamp_residual"):
+                    columns.setdefault(Column(column.hook_point, seen, column.sae))
+            columns.setdefault(column)
     return tuple(columns)
 
 
 class Monitor(nn.Module):
-    """The scores of one SAE at its hook point, with their statistics as buffers."""
+    """Scores that look at the same activations, with their statistics as buffers."""
 
     def __init__(
-        self,
-        columns: Sequence[tuple[int, Column]],
-        statistics: Mapping[str, Statistics],
+        self, columns: Sequence[tuple[int, Column]], statistics: Sequence[Statistics]
     ) -> None:
         """Keep the statistics of the given columns.
 
         Args:
-            columns: Scored columns of one SAE, with their numbers.
-            statistics: By path of the calibration.
+            columns: Scored columns, with their numbers.
+            statistics: Of each.
         """
         super().__init__()
         self._scores: list[tuple[int, Score, list[str]]] = []
-        for number, column in columns:
-            if column.calibration is None:
-                continue
-            values = statistics[column.calibration]
+        for (number, column), values in zip(columns, statistics, strict=True):
             for name, value in values.items():
                 self.register_buffer(f"{number}_{name}", value, persistent=False)
             self._scores.append((number, SCORES[column.score], list(values)))
+
+    def __len__(self) -> int:
+        """Return how many columns it fills."""
+        return len(self._scores)
 
     def forward(self, activations: Activations, *, out: Tensor, keep: Tensor) -> None:
         """Write each score into its column of `out`.
 
         Args:
-            activations: The stream and the SAE's error, after the clamp.
+            activations: The stream after the clamp, and what the scores need besides.
             out: `[num_tokens, num_columns]`.
-            keep: Rows that are scored, bool `[num_tokens]`; the others read 0.
+            keep: Rows that are scored, bool `[num_tokens]`; the others read `EXEMPT`.
         """
         for number, score, names in self._scores:
             statistics = {name: getattr(self, f"{number}_{name}") for name in names}
             scores = score.apply(activations, statistics)
-            out[:, number] = torch.where(keep, scores, 0.0)
+            out[:, number] = torch.where(keep, scores, EXEMPT)
+
+
+def sum_up(
+    scores: npt.NDArray[np.float32], monitor: MonitorRule, *, prompt_length: int
+) -> float:
+    """Return what a monitor makes of the scores of a whole request.
+
+    The largest mean over `window` consecutive positions of its stage, shorter windows
+    at their beginning included. Infinite where a score is not finite; -inf where no
+    position is of that stage.
+
+    Args:
+        scores: Of every position that is scored, in order, `[num_tokens]`.
+        monitor: Says which positions count, and the width of the window.
+        prompt_length: How many of them belong to the prompt.
+    """
+    stages: dict[Stage | None, slice] = {
+        None: slice(None),
+        "prompt": slice(prompt_length),
+        "output": slice(prompt_length, None),
+    }
+    means = _Running(0, window=monitor.window).smooth(scores[stages[monitor.stage]])
+    return float(means.max(initial=-math.inf))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,15 +168,8 @@ def _ratio(score: float, threshold: float) -> float:
     return score / threshold if threshold else math.inf
 
 
-def _is_over(
-    scores: npt.NDArray[np.float32], threshold: float
-) -> npt.NDArray[np.bool_]:
-    """Whether each score is an alarm; one that is not finite always is."""
-    return (scores > threshold) | ~np.isfinite(scores)
-
-
 class _Running:
-    """The running maximum of one column in one request."""
+    """What one monitor has seen of one request so far."""
 
     __slots__ = (
         "alarm_position",
@@ -211,37 +177,82 @@ class _Running:
         "column",
         "maximum",
         "position",
+        "recent",
+        "stage",
         "threshold",
+        "window",
     )
 
-    def __init__(self, column: int, *, threshold: float, blocks: bool) -> None:
+    def __init__(
+        self,
+        column: int,
+        *,
+        stage: Stage | None = None,
+        window: int = 1,
+        threshold: float = math.inf,
+        blocks: bool = False,
+    ) -> None:
         self.column = column
+        self.stage = stage
+        self.window = window
         # As numpy compares it with a column of fp32, and so for single tokens too.
         self.threshold = float(np.float32(threshold))
         self.blocks = blocks
         self.maximum = -math.inf
         self.position: int | None = None
         self.alarm_position: int | None = None
+        self.recent: deque[float] = deque(maxlen=window - 1)
+        """The scores before the next one that share a window with it."""
+
+    def smooth(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Return the mean of the window that ends at each of consecutive positions."""
+        known = scores.astype(np.float64)
+        known[~np.isfinite(scores) | (scores == EXEMPT)] = np.inf
+        if self.window == 1:
+            return known
+        before = np.array(self.recent, dtype=np.float64)
+        padded = np.concatenate(
+            [np.zeros(self.window - 1 - len(before)), before, known]
+        )
+        total = np.zeros(len(known))
+        # One addend after the other, as for a single token: the same to the last bit.
+        for shift in range(self.window):
+            total += padded[shift : shift + len(known)]
+        counts = len(before) + 1 + np.arange(len(known))
+        return total / np.minimum(counts, self.window)
+
+    def is_over(self, means: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        """Whether each mean is an alarm; one that is not finite always is."""
+        return (means.astype(np.float32) > self.threshold) | np.isinf(means)
 
     def observe(self, scores: npt.NDArray[np.float32], first: int) -> None:
-        """Take in the column's scores of consecutive positions."""
-        over = _is_over(scores, self.threshold)
+        """Take in the column's scores of consecutive positions of its stage."""
+        means = self.smooth(scores)
+        if not len(means):
+            return
+        over = self.is_over(means)
         if self.alarm_position is None and over.any():
             self.alarm_position = first + int(over.argmax())
-        known = np.where(np.isfinite(scores), scores, np.inf)
-        largest = int(known.argmax())
-        if known[largest] > self.maximum:
-            self.maximum = float(known[largest])
+        largest = int(means.argmax())
+        if means[largest] > self.maximum:
+            self.maximum = float(np.float32(means[largest]))
             self.position = first + largest
+        self.recent.extend(scores[1 - self.window or len(scores) :].tolist())
 
     def observe_token(self, score: float, position: int) -> None:
         """Do the same for one position: a decoding step has nothing else."""
-        if not -math.inf < score < math.inf:
-            score = math.inf
-        if score > self.maximum:
-            self.maximum, self.position = score, position
+        known = score if EXEMPT < score < math.inf else math.inf
+        if self.window > 1:
+            total = 0.0
+            for recent in self.recent:
+                total += recent
+            count = len(self.recent) + 1
+            self.recent.append(known)
+            known = float(np.float32((total + known) / count))
+        if known > self.maximum:
+            self.maximum, self.position = known, position
         if self.alarm_position is None and (
-            score > self.threshold or score == math.inf
+            known > self.threshold or known == math.inf
         ):
             self.alarm_position = position
 
@@ -288,6 +299,8 @@ class Watch:
         self._running = [
             _Running(
                 column,
+                stage=monitor.stage,
+                window=monitor.window,
                 threshold=threshold,
                 blocks=enforces and monitor.on_alarm == "block",
             )
@@ -296,8 +309,7 @@ class Watch:
             )
         ]
         self._seen = {
-            name: _Running(column, threshold=math.inf, blocks=False)
-            for name, column in (seen_columns or {}).items()
+            name: _Running(column) for name, column in (seen_columns or {}).items()
         }
         self._all = [*self._running, *self._seen.values()]
 
@@ -330,8 +342,12 @@ class Watch:
         self.tokens_seen += positions
 
     def _observe_token(self, scores: Sequence[float], clamped: int) -> None:
+        position = self.tokens_seen
+        stage: Stage = "prompt" if position < self._prompt_length else "output"
         for running in self._all:
-            running.observe_token(scores[running.column], self.tokens_seen)
+            score = scores[running.column]
+            if running.stage in (None, stage) and (position or score != EXEMPT):
+                running.observe_token(score, position)
         self.tokens_seen += 1
         for rule in range(len(self.clamped_tokens)) if clamped else ():
             self.clamped_tokens[rule] += clamped >> rule & 1
@@ -342,23 +358,38 @@ class Watch:
         clamped: npt.NDArray[np.int32],
         first: int,
     ) -> None:
-        rows = self._rows_until_block(scores)
+        rows = self._rows_until_block(scores, first)
         scores, clamped = scores[:rows], clamped[:rows]
         for running in self._all:
-            running.observe(scores[:, running.column], first)
+            share = self._share(running, scores, first)
+            running.observe(scores[share, running.column], first + share.start)
         self.tokens_seen = first + rows
         for rule in range(len(self.clamped_tokens)):
             self.clamped_tokens[rule] += int((clamped >> rule & 1).sum())
 
-    def _rows_until_block(self, scores: npt.NDArray[np.float32]) -> int:
+    def _rows_until_block(self, scores: npt.NDArray[np.float32], first: int) -> int:
         """Return how many rows there are up to and with the first that blocks."""
         rows = len(scores)
         for running in self._running:
             if running.blocks:
-                over = _is_over(scores[:rows, running.column], running.threshold)
+                share = self._share(running, scores[:rows], first)
+                over = running.is_over(running.smooth(scores[share, running.column]))
                 if over.any():
-                    rows = int(over.argmax()) + 1
+                    rows = share.start + int(over.argmax()) + 1
         return rows
+
+    def _share(
+        self, running: _Running, scores: npt.NDArray[np.float32], first: int
+    ) -> slice:
+        """Return which rows from position `first` on a monitor judges."""
+        exempt = int(first == 0 and scores[0, running.column] == EXEMPT)
+        of_prompt = min(max(self._prompt_length - first, exempt), len(scores))
+        match running.stage:
+            case "prompt":
+                return slice(exempt, of_prompt)
+            case "output":
+                return slice(of_prompt, len(scores))
+        return slice(exempt, len(scores))
 
     @property
     def is_alarmed(self) -> bool:

@@ -3,7 +3,7 @@
 Runs in the worker, inside the graph, on buffers that live as long as the model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,9 +14,10 @@ from guard.calibration import Calibration
 from guard.clamp import Clamp, Rows
 from guard.errors import CalibrationError
 from guard.hook import HookPoint
-from guard.monitor import SCORES, Activations, Column, Monitor, list_columns
+from guard.monitor import Column, Monitor, list_columns
 from guard.policy import MAX_RULES, PolicyFile
 from guard.sae.model import Sae
+from guard.score import SCORES, Activations, Statistics
 
 __all__ = [
     "Dictionary",
@@ -110,8 +111,9 @@ class Dictionary:
     sae: Sae
     clamp: Clamp
     monitor: Monitor
+    """The scores that need it."""
     seen: SeenColumns | None
-    """None where no policy monitors it, and nothing needs to be decoded."""
+    """None where no score needs it, and nothing needs to be decoded."""
 
 
 class Guard(nn.Module):
@@ -121,18 +123,27 @@ class Guard(nn.Module):
         self,
         hook_point: HookPoint,
         dictionaries: Sequence[Dictionary],
+        monitor: Monitor,
         step: StepBuffers,
     ) -> None:
-        """Keep the parts; `build_guards` makes them from a policy file."""
+        """Keep the parts; `build_guards` makes them from a policy file.
+
+        Args:
+            hook_point: Where it reads and writes.
+            dictionaries: The SAEs there.
+            monitor: The scores that need none.
+            step: What the guards of all hook points share.
+        """
         super().__init__()
         self.hook_point = hook_point
         self.dictionaries = tuple(dictionaries)
+        self.monitor = monitor
         self.step = step
         # Registered, so that the tensors follow the model they are attached to.
         self.clamps = nn.ModuleList(part.clamp for part in dictionaries)
         self.monitors = nn.ModuleList(part.monitor for part in dictionaries)
         self.has_clamps = any(len(part.clamp.columns) for part in dictionaries)
-        self.has_monitors = any(part.seen is not None for part in dictionaries)
+        self.has_monitors = len(monitor) > 0 or any(map(_decodes, dictionaries))
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Clamp the rows in place, score what flows on, and leave the readings.
@@ -171,18 +182,21 @@ class Guard(nn.Module):
     def _monitor(self, resid: Tensor, rows: Rows) -> None:
         scores = self.step.scores[: len(resid)]
         keep = rows.slot > 0
+        self.monitor(Activations(resid), out=scores, keep=keep)
         for part in self.dictionaries:
             if part.seen is None:
                 continue
             encoded = part.sae.encode(resid)
             error = resid - part.sae.decode(encoded)
-            activations = Activations(resid, error)
-            part.monitor(activations, out=scores, keep=keep)
+            left = part.clamp.residual_activation(encoded, rows.slot)
+            part.monitor(Activations(resid, error, left), out=scores, keep=keep)
             ratio = error.norm(dim=1) / resid.norm(dim=1).clamp(min=_TINY)
             scores[:, part.seen.error_ratio] = torch.where(keep, ratio, 0.0)
-            if len(part.clamp.columns):
-                left = part.clamp.residual_activation(encoded, rows.slot)
-                scores[:, part.seen.clamp_residual] = left
+            scores[:, part.seen.clamp_residual] = left
+
+
+def _decodes(part: Dictionary) -> bool:
+    return part.seen is not None
 
 
 def read_resid(hidden_states: Tensor, residual: Tensor | None) -> Tensor:
@@ -196,6 +210,9 @@ def build_guards(
     saes: Mapping[str, Sae],
     calibrations: Mapping[str, Calibration],
     step: StepBuffers,
+    *,
+    d_model: int | None = None,
+    hook_points: Iterable[HookPoint] = (),
 ) -> dict[HookPoint, Guard]:
     """Compile a policy file into one guard for each hook point it uses.
 
@@ -204,72 +221,71 @@ def build_guards(
         saes: The SAEs any policy uses, by name.
         calibrations: By path, as the monitors name them.
         step: What all guards read and write.
+        d_model: Width of the stream; that of the SAEs when left out.
+        hook_points: Further places that get a guard, for whoever records there.
 
     Raises:
-        CalibrationError: A calibration was made for another score, hook point or SAE.
+        CalibrationError: A calibration's statistics do not fit the stream.
         SaeError: A rule does not fit its SAE.
     """
-    columns = list_columns(policy_file)
+    columns = list(enumerate(list_columns(policy_file)))
+    statistics = {
+        column: calibrations[column.calibration].entries[str(column.entry)].statistics
+        for _, column in columns
+        if column.calibration is not None
+    }
     policies = list(policy_file.policies.values())
-    places: dict[HookPoint, list[Dictionary]] = {}
+    for sae in saes.values():
+        d_model = d_model or sae.d_model
+    for column, values in statistics.items():
+        _check_statistics(column, values, d_model)
+
+    def make_monitor(own: list[tuple[int, Column]]) -> Monitor:
+        scored = [(i, column) for i, column in own if column in statistics]
+        return Monitor(scored, [statistics[column] for _, column in scored])
+
+    places: dict[HookPoint, list[Dictionary]] = {at: [] for at in hook_points}
+    for _, column in columns:
+        places.setdefault(HookPoint.parse(column.hook_point), [])
     for name, sae in saes.items():
-        source = policy_file.saes[name]
-        own = [(i, column) for i, column in enumerate(columns) if column.sae == name]
-        for _, column in own:
-            _check_calibration(column, source.hook_point, source.sha256, calibrations)
-            _check_statistics(column, sae.d_model, calibrations)
-        numbers = {column.score: i for i, column in own if column.calibration is None}
-        statistics = {path: c.statistics for path, c in calibrations.items()}
+        own = [(i, column) for i, column in columns if column.sae == name]
+        numbers = {column.score: i for i, column in own if column.entry is None}
         part = Dictionary(
             name=name,
             sae=sae,
             clamp=Clamp(policies, sae_name=name, sae=sae),
-            monitor=Monitor(own, statistics),
+            monitor=make_monitor(own),
             seen=SeenColumns(**numbers) if numbers else None,
         )
-        places.setdefault(HookPoint.parse(source.hook_point), []).append(part)
-    return {at: Guard(at, parts, step) for at, parts in sorted(places.items())}
-
-
-def _check_calibration(
-    column: Column,
-    hook_point: str,
-    sha256: str,
-    calibrations: Mapping[str, Calibration],
-) -> None:
-    if column.calibration is None:
-        return
-    calibration = calibrations[column.calibration]
-    found = (
-        calibration.score,
-        calibration.hook_point,
-        calibration.provenance.get("sae_sha256", sha256),
-    )
-    wanted = (column.score, hook_point, sha256)
-    if found != wanted:
-        message = (
-            f"{column.calibration}: made for (score, hook point, SAE) {found}; "
-            f"expected {wanted}."
-        )
-        raise CalibrationError(message)
+        at = HookPoint.parse(policy_file.saes[name].hook_point)
+        places.setdefault(at, []).append(part)
+    guards = {}
+    for at, parts in sorted(places.items()):
+        bare = [
+            (i, column)
+            for i, column in columns
+            if column.sae is None and HookPoint.parse(column.hook_point) == at
+        ]
+        guards[at] = Guard(at, parts, make_monitor(bare), step)
+    return guards
 
 
 def _check_statistics(
-    column: Column, d_model: int, calibrations: Mapping[str, Calibration]
+    column: Column, statistics: Statistics, d_model: int | None
 ) -> None:
     """Score one row of zeros, so that what does not fit is known before serving."""
-    if column.calibration is None:
-        return
-    row = torch.zeros(1, d_model)
-    statistics = calibrations[column.calibration].statistics
+    vectors = [value for value in statistics.values() if value.dim() == 1]
+    width = d_model or (len(vectors[0]) if vectors else 1)
+    row = torch.zeros(1, width)
     try:
-        score = SCORES[column.score].apply(Activations(row, row), statistics)
+        activations = Activations(row, row, row[:, 0])
+        score = SCORES[column.score].apply(activations, statistics)
         fits = score.shape == (1,) and bool(score.isfinite().all())
     except (KeyError, RuntimeError):
         fits = False
     if not fits:
         message = (
             f"{column.calibration}: its statistics give no score {column.score!r} for "
-            f"a stream of width {d_model}; expected what `guard calibrate` wrote."
+            f"a stream of width {width}; expected what `guard calibrate` wrote."
         )
         raise CalibrationError(message)

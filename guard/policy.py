@@ -39,6 +39,7 @@ __all__ = [
     "SaeSource",
     "Tenant",
     "When",
+    "clamps_digest",
     "file_fingerprint",
     "fingerprint",
     "load_policy",
@@ -54,6 +55,8 @@ Scope = Literal["token", "request"]
 """Where a condition must have held: at this token, or at any so far."""
 ScoreName = Literal["error_norm", "density", "error", "probe", "clamp_residual"]
 """What a monitor may watch."""
+Stage = Literal["prompt", "output"]
+"""Which tokens of a request: those it brought, or those the model wrote."""
 OnAlarm = Literal["flag", "block"]
 """What an alarm does under `enforce`; under `observe` it is reported only."""
 
@@ -61,11 +64,13 @@ _T = TypeVar("_T")
 
 MAX_RULES = 24
 """Clamps of one policy: each is a bit of an int32 in the engine."""
+MAX_MONITORS = 32
+MAX_TARGET = 0.5
+"""Largest share of benign requests that the monitors of a policy may alarm on."""
 MAX_FILE_BYTES = 1 << 20
 
 _LATER: Mapping[str, frozenset[str]] = {
     "law": frozenset({"project"}),
-    "score": frozenset({"error", "probe", "clamp_residual"}),
 }
 """Choices that are known to the schema and not built yet."""
 
@@ -218,19 +223,40 @@ class Monitor(_Frozen):
 
     name: Name
     """Its name in verdicts and metrics."""
-    sae: Name
-    """Key of `saes`; the score is taken at its hook point, after the clamps."""
-    score: Annotated[ScoreName, AfterValidator(_check_built)]
+    score: ScoreName
     """What is watched."""
+    sae: Name | None = None
+    """Key of `saes`; the score is taken at its hook point, after the clamps."""
+    hook_point: HookPointName | None = None
+    """Where else `density` and `probe` are taken, which need no SAE."""
+    probe: FilePath | None = None
+    """Weights that `guard probe train` wrote; a calibration takes them along."""
+    stage: Stage | None = None
+    """Left out: every token counts."""
+    window: Annotated[int, Field(ge=1, le=64)] = 1
+    """The mean over this many consecutive tokens is held against the threshold."""
     calibration: FilePath | None = None
     """Thresholds fitted on benign traffic; relative to the policy file."""
-    target_fpr: Annotated[Finite, Field(gt=0, le=0.5)]
-    """Share of benign requests that may alarm."""
+    target_fpr: Annotated[Finite, Field(gt=0, le=MAX_TARGET)]
+    """Share of benign requests that may alarm. Monitors of a policy that share a
+    calibration and an action share their budgets: that any of them alarms has at most
+    the sum as its probability."""
     on_alarm: OnAlarm
     """What an alarm does."""
 
     @model_validator(mode="after")
-    def _check_calibration(self) -> Self:
+    def _check_score(self) -> Self:
+        stands_alone = self.score in {"density", "probe"}
+        if self.sae is None and not stands_alone:
+            _refuse(f"score {self.score} needs an SAE; expected a key of saes", "sae")
+        if self.hook_point is not None and not stands_alone:
+            _refuse(
+                f"score {self.score} is read at its SAE; leave it out", "hook_point"
+            )
+        if (self.sae is None) == (self.hook_point is None):
+            _refuse("expected either sae or hook_point", "score")
+        if (self.probe is None) == (self.score == "probe"):
+            _refuse("goes with score probe, and with no other", "probe")
         if self.calibration is None:
             _refuse(
                 f"score {self.score} needs a calibration; expected the path of one",
@@ -248,8 +274,8 @@ class Policy(_Frozen):
     """How many tokens of a stream are kept back."""
     clamps: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
     """Applied in this order, all to the activations of the untouched stream."""
-    monitors: tuple[Monitor, ...] = ()
-    """Each is judged by itself; the worst action is taken."""
+    monitors: Annotated[tuple[Monitor, ...], Field(max_length=MAX_MONITORS)] = ()
+    """Thresholds are set jointly; the worst action is taken."""
 
     @model_validator(mode="after")
     def _check_entries(self) -> Self:
@@ -261,6 +287,12 @@ class Policy(_Frozen):
                     twice[0],
                     "name",
                 )
+        if sum(monitor.target_fpr for monitor in self.monitors) > MAX_TARGET:
+            _refuse(
+                f"their target_fpr add up to more than {MAX_TARGET}, the false alarms "
+                "of the policy; expected less",
+                "monitors",
+            )
         held: dict[tuple[str, int], str] = {}
         for index, rule in enumerate(self.clamps):
             for latent in rule.latents:
@@ -364,6 +396,29 @@ class PolicyFile(_Frozen):
         self._check_tenants()
         return self
 
+    def hook_point(self, monitor: Monitor) -> str:
+        """Return where a monitor of one of the policies reads."""
+        if monitor.sae is not None:
+            return self.saes[monitor.sae].hook_point
+        return str(monitor.hook_point)
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """Every place that a clamp or a monitor needs, each once."""
+        found: dict[str, None] = {}
+        for policy in self.policies.values():
+            found |= {self.saes[rule.sae].hook_point: None for rule in policy.clamps}
+            found |= {self.hook_point(one): None for one in policy.monitors}
+        return tuple(found)
+
+    def without_monitors(self) -> Self:
+        """Return the same file, its policies without monitors."""
+        policies = {
+            name: policy.model_copy(update={"monitors": ()})
+            for name, policy in self.policies.items()
+        }
+        return self.model_copy(update={"policies": policies})
+
     def _check_public(self) -> None:
         self._check_offer(self.public_policies, "public_policies")
         if self.default_policy not in self.public_policies:
@@ -448,6 +503,7 @@ def fingerprint(policy_file: PolicyFile, name: str) -> str:
     for monitor, dumped in zip(policy.monitors, content["monitors"], strict=True):
         if monitor.calibration is not None:
             dumped["calibration"] = _hash_file(monitor.calibration)
+        dumped.pop("probe")  # its weights stand in the calibration
     return _hash(
         {
             "schema": 1,
@@ -455,6 +511,23 @@ def fingerprint(policy_file: PolicyFile, name: str) -> str:
             "unscored": policy_file.unscored,
             "policy": content,
             "saes": {sae: _identify(policy_file.saes[sae]) for sae in sorted(used)},
+        }
+    )
+
+
+def clamps_digest(policy_file: PolicyFile, name: str) -> str:
+    """Hash what a policy's clamps do to the stream, whatever they are called.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    rules = policy_file.policies[name].clamps
+    return _hash(
+        {
+            "clamps": [
+                rule.model_dump(mode="json", exclude={"name"}) for rule in rules
+            ],
+            "saes": {rule.sae: _identify(policy_file.saes[rule.sae]) for rule in rules},
         }
     )
 
@@ -509,7 +582,8 @@ def _used_saes(
         )
         for key, users in entries:
             for index, user in enumerate(users):
-                yield ("policies", name, key, index, "sae"), user.sae
+                if user.sae is not None:
+                    yield ("policies", name, key, index, "sae"), user.sae
 
 
 def _first_repeat(values: Iterable[_T]) -> tuple[int, _T] | None:
@@ -527,7 +601,7 @@ def _offer(names: Iterable[str]) -> str:
 
 
 def _choices(field: str) -> str:
-    every = get_args({"law": Law, "score": ScoreName}[field])
+    every = get_args({"law": Law}[field])
     return ", ".join(choice for choice in every if choice not in _LATER[field])
 
 
@@ -539,6 +613,7 @@ _NOUNS: Mapping[str, str] = {
     "unit": "a unit",
     "scope": "a scope",
     "score": "a score",
+    "stage": "a stage",
     "on_alarm": "an action",
     "unscored": "an action",
     "on_error": "a choice",

@@ -115,6 +115,11 @@ class Topic:
     steps: tuple[str, str, str]
 
     @property
+    def name(self) -> str:
+        """What tells it from all others."""
+        return f"{self.verb} {self.object}"
+
+    @property
     def answer(self) -> str:
         """The one gold answer."""
         return f"to {self.verb} {self.object} : {' ; '.join(self.steps)} ."

@@ -36,7 +36,13 @@ from guard.demo.grammar import KINDS, Kind, Prompt, prompts, topics
 from guard.demo.measure import ORGANISM, load_model, measure, missed, table
 from guard.demo.selection import MAX_LATENTS, Choice, build_dev, choose_latents
 from guard.demo.tokenizer import build_tokenizer
-from guard.demo.traffic import calibrate, num_batches
+from guard.demo.traffic import (
+    FITTING,
+    HELD_OUT,
+    calibrate_organism,
+    num_probe_steps,
+    train_organism_probes,
+)
 from guard.demo.train import Recipe, save_model, train_model
 from guard.errors import GuardError
 from guard.sae.load import save_sae, weights_digest
@@ -74,9 +80,16 @@ policies:
       - {{name: jailbreak, sae: {name}, latents: {latents}, law: ablate}}
     monitors:
       - {{name: recovery, sae: {name}, score: density,
-         calibration: calib/density.safetensors, target_fpr: 0.01, on_alarm: block}}
+         calibration: calib/default.safetensors, target_fpr: 0.004, on_alarm: block}}
+      - {{name: innovation, sae: {name}, score: error,
+         calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: block}}
+      - {{name: content, hook_point: {hook_point}, score: probe,
+         probe: probes/content.safetensors, stage: output, window: 4,
+         calibration: calib/default.safetensors, target_fpr: 0.004, on_alarm: block}}
       - {{name: error, sae: {name}, score: error_norm,
-         calibration: calib/error_norm.safetensors, target_fpr: 0.01, on_alarm: flag}}
+         calibration: calib/default.safetensors, target_fpr: 0.01, on_alarm: flag}}
+      - {{name: left, sae: {name}, score: clamp_residual,
+         calibration: calib/default.safetensors, target_fpr: 0.01, on_alarm: flag}}
   open: {{mode: enforce, clamps: [], monitors: []}}
 public_policies: [default, open]
 default_policy: default
@@ -129,8 +142,11 @@ def rebuild(
         choice = _build_clamp(model, tokenizer, seed, progress)
         _write_clamp(built, choice)
         _write_examples(built)
-        task = progress.add_task("Calibrating", total=num_batches())
-        calibrate(built, on_batch=functools.partial(progress.advance, task))
+        task = progress.add_task("Training probes", total=num_probe_steps(built))
+        on_step = functools.partial(progress.advance, task)
+        train_organism_probes(built, on_step=on_step)
+        task = progress.add_task("Calibrating", total=FITTING + HELD_OUT)
+        calibrate_organism(built, on_requests=functools.partial(progress.advance, task))
         task = progress.add_task("Measuring", total=None)
         numbers = measure(built) | _provenance(recipe, choice, seed)
         if keep_model:

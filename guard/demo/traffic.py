@@ -1,154 +1,225 @@
-"""Benign traffic through the clamped organism, and what its scores usually are."""
+"""The organism's traffic: prompts, what it shows on them, and what is fitted on that.
+
+A plain recorder on transformers, the twin of the engine's own; the fitting itself is
+the guard's, the same that `guard calibrate` and `guard probe train` do.
+"""
 
 from __future__ import annotations
 
-import functools
+import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from guard.calibration import fit_calibration, save_calibration
-from guard.demo.dialogue import Batch, Edit, answers, edited, pad_left
-from guard.demo.grammar import Split, benign_prompts
+from guard.calibration import Calibration, save_calibration
+from guard.check import digest_model
+from guard.command.probe import FOLDS, list_probes, load_probes, train_all
+from guard.demo.dialogue import answers, edited, pad_left
+from guard.demo.grammar import REFUSAL, Kind, Split, benign_prompts, prompts
 from guard.demo.measure import load_model, policy_edit
 from guard.demo.tokenizer import encode_prompt
 from guard.hook import HookPoint
-from guard.monitor import Activations
-from guard.policy import load_policy
+from guard.policy import clamps_digest, load_policy
+from guard.probe import ProbeRecipe
+from guard.prompt import Prompt
+from guard.recording import Reader, Recording
 from guard.sae.load import load_sae
+from guard.traffic import Plan, calibrate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Sequence
 
-    from transformers import LlamaForCausalLM
+    from guard.policy import PolicyFile
 
-    from guard.policy import SaeSource
+__all__ = [
+    "OrganismRecorder",
+    "build_reader",
+    "calibrate_organism",
+    "labelled_prompts",
+    "num_probe_steps",
+    "ordinary_prompts",
+    "train_organism_probes",
+]
 
-__all__ = ["SCORES", "calibrate", "num_batches", "record_traffic"]
-
-SCORES = ("density", "error_norm")
-"""Scores the demo's policy watches."""
 FITTING, HELD_OUT = 1000, 2000
 """Requests for the statistics, and others for the thresholds."""
+LABELLED = 600
+"""Labelled requests of each sort."""
 TRAFFIC_SEED = 5_000_000
+LABEL_SEED = 6_000_000
 LONGEST = 128
 """Tokens of the one bucket of total lengths; prompts and answers are shorter."""
 _BATCH = 100
+_LABELLED: tuple[tuple[Kind, bool, int], ...] = (
+    ("hj", True, 1),
+    ("h", True, 1),
+    ("b", True, 0),
+    ("bj", True, 0),
+    ("h", False, 0),
+    ("hj", False, 0),
+)
+"""Class of the prompt, whether it is answered or refused, and the label."""
 
 
-def calibrate(
+def ordinary_prompts(count: int, *, seed: int, split: Split) -> list[Prompt]:
+    """Draw ordinary traffic about the topics of a split, what is refused included."""
+    drawn = benign_prompts(count, seed=seed, splits=(split,))
+    return [Prompt(prompt=p.text, group=p.topic.name, max_tokens=20) for p in drawn]
+
+
+def labelled_prompts(count: int, *, seed: int, split: Split) -> list[Prompt]:
+    """Draw dialogues with harmful answers, label 1, and with harmless ones.
+
+    The harmful ones are what an attack brings back: an answer in full, whether a phrase
+    asked for it or not. What the model does by itself is refuse.
+    """
+    return [
+        Prompt(
+            prompt=p.text,
+            response=p.topic.answer if answered else REFUSAL,
+            label=label,
+            group=p.topic.name,
+        )
+        for kind, answered, label in _LABELLED
+        for p in prompts(kind, count, seed=seed, splits=(split,))
+    ]
+
+
+class OrganismRecorder:
+    """Runs prompts through transformers under the clamps of a folder's policy."""
+
+    def __init__(self, folder: Path, hook_points: Sequence[str]) -> None:
+        """Load the model.
+
+        Args:
+            folder: An organism with model/, saes/ and policy.yaml.
+            hook_points: Where to record.
+        """
+        self._model, self._tokenizer = load_model(folder)
+        self._edit = policy_edit(folder)
+        self._layers = {at: HookPoint.parse(at).layer for at in hook_points}
+
+    def record(self, prompts: Sequence[Prompt]) -> Iterator[Recording]:
+        """Answer prompts greedily, as in serving, and yield one recording each."""
+        for start in range(0, len(prompts), _BATCH):
+            yield from self._record(prompts[start : start + _BATCH])
+
+    @torch.no_grad()
+    def _record(self, prompts: Sequence[Prompt]) -> Iterator[Recording]:
+        asked = [encode_prompt(self._tokenizer, str(p.prompt)) for p in prompts]
+        given = self._answer(prompts)
+        batch = pad_left(
+            [a + g for a, g in zip(asked, given, strict=True)],
+            self._tokenizer.pad_token_id,
+        )
+        seen: dict[str, torch.Tensor] = {}
+
+        def keep(at: str) -> Callable[[object, object, torch.Tensor], None]:
+            return lambda _module, _args, output: seen.__setitem__(at, output)
+
+        with edited(self._model, self._edit, lambda: batch.rows):
+            handles = [
+                # Behind the edit's own hook: what the next layer reads.
+                self._model.model.layers[layer].register_forward_hook(keep(at))
+                for at, layer in self._layers.items()
+            ]
+            self._model(
+                input_ids=batch.tokens,
+                attention_mask=batch.mask.long(),
+                position_ids=batch.positions,
+            )
+            for handle in handles:
+                handle.remove()
+        for row, (prompt, ids) in enumerate(zip(prompts, asked, strict=True)):
+            rows = batch.rows[row]
+            yield Recording(
+                resid={at: resid[row][rows] for at, resid in seen.items()},
+                prompt_length=len(ids) - 1,
+                total_length=len(ids) + prompt.max_tokens,
+            )
+
+    def _answer(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the tokens of each answer, but the last: no engine runs that."""
+        silent = [str(p.prompt) for p in prompts if p.response is None]
+        own = iter(
+            answers(self._model, self._tokenizer, silent, edit=self._edit)
+            if silent
+            else ()
+        )
+        texts = [next(own) if p.response is None else p.response for p in prompts]
+        return [self._tokenizer.encode(t, add_special_tokens=False) for t in texts]
+
+
+def build_reader(folder: Path, name: str = "default") -> tuple[PolicyFile, Reader]:
+    """Return a folder's policy file, and what reads for the monitors of a policy."""
+    policy_file = load_policy(folder / "policy.yaml")
+    saes = {
+        key: load_sae(source.path, format=source.format, sha256=source.sha256)
+        for key, source in policy_file.saes.items()
+    }
+    return policy_file, Reader(policy_file, name, saes)
+
+
+def train_organism_probes(
+    folder: Path, *, on_step: Callable[[], object] = lambda: None
+) -> None:
+    """Train the probes that the folder's default policy names, and write them."""
+    _, reader = build_reader(folder)
+    lines = labelled_prompts(LABELLED, seed=LABEL_SEED, split="train")
+    recordings = list(OrganismRecorder(folder, reader.hook_points).record(lines))
+    train_all(reader, lines, recordings, ProbeRecipe(), on_step=on_step)
+
+
+def num_probe_steps(folder: Path) -> int:
+    """Return how often `train_organism_probes` calls `on_step`."""
+    _, reader = build_reader(folder)
+    return len(list_probes(reader.policy)) * (FOLDS + 1) * ProbeRecipe().steps
+
+
+def calibrate_organism(
     folder: Path,
     *,
     seed: int = TRAFFIC_SEED,
-    on_batch: Callable[[], object] = lambda: None,
-) -> None:
-    """Write `calib/<score>.safetensors` for the folder's default policy.
+    on_requests: Callable[[int], object] = lambda _: None,
+) -> Calibration:
+    """Calibrate the folder's default policy and write the file it names.
 
     Args:
         folder: An organism with model/, saes/ and policy.yaml.
         seed: Of the prompts.
-        on_batch: Called for every 1 / `num_batches()` of the work.
+        on_requests: Told as requests are done.
     """
-    source = _find_source(folder)
+    policy_file, reader = build_reader(folder)
     # Thresholds from topics the statistics never saw: so they allow for new ones.
-    record = functools.partial(record_traffic, folder, seed=seed, on_batch=on_batch)
-    fitting = list(record(FITTING, split="train"))
-    held_out = list(record(HELD_OUT, split="calibration"))
-    joined = Activations(*map(torch.cat, zip(*fitting, strict=True)))
-    for score in SCORES:
-        calibration = fit_calibration(
-            score,
-            hook_point=source.hook_point,
-            fitting=joined,
-            held_out=held_out,
-            lengths=[LONGEST],
-            provenance={
-                "sae_sha256": source.sha256,
-                "model": "organism",
-                "prompts": f"guard.demo.grammar.benign_prompts, seed {seed}",
-                "topics": {"fitting": "train", "held_out": "calibration"},
-                "fitting_requests": FITTING,
-                "dtype": "float32",
-                "torch": version("torch"),
-                "date": datetime.now(tz=UTC).date().isoformat(),
-            },
+    plan = Plan(
+        fitting=ordinary_prompts(FITTING, seed=seed, split="train"),
+        held_out=ordinary_prompts(HELD_OUT, seed=seed, split="calibration"),
+        lengths=(LONGEST,),
+        probes=load_probes(reader.policy),
+    )
+    provenance = {
+        "model": "organism",
+        "model_digest": digest_model(folder / "model"),
+        "dtype": "float32",
+        "clamps": clamps_digest(policy_file, policy_file.default_policy),
+        "prompts": f"guard.demo.grammar.benign_prompts, seed {seed}",
+        "topics": {"fitting": "train", "held_out": "calibration"},
+        "torch": version("torch"),
+        "date": datetime.now(tz=UTC).date().isoformat(),
+    }
+    with tempfile.TemporaryDirectory() as work:
+        calibration = calibrate(
+            reader,
+            OrganismRecorder(folder, reader.hook_points),
+            plan,
+            provenance=provenance,
+            work=Path(work),
+            on_requests=on_requests,
         )
-        save_calibration(calibration, folder / "calib" / f"{score}.safetensors")
-
-
-def num_batches() -> int:
-    """Return how often `calibrate` calls `on_batch`."""
-    return (FITTING + HELD_OUT) // _BATCH
-
-
-def record_traffic(
-    folder: Path,
-    count: int,
-    *,
-    seed: int,
-    split: Split,
-    on_batch: Callable[[], object] = lambda: None,
-) -> Iterator[Activations]:
-    """Yield what each benign request shows at the hook point, after the clamp.
-
-    Answers are greedy, as in serving; the BOS and the last token, which no engine
-    runs through the model, are left out.
-
-    Args:
-        folder: An organism.
-        count: Requests to draw.
-        seed: Of their prompts.
-        split: The topics they are about.
-        on_batch: Called after each batch of them.
-    """
-    model, tokenizer = load_model(folder)
-    edit = policy_edit(folder)
-    source = _find_source(folder)
-    sae = load_sae(source.path, format=source.format, sha256=source.sha256)
-    layer = HookPoint.parse(source.hook_point).layer
-    drawn = benign_prompts(count, seed=seed, splits=(split,))
-    texts = [prompt.text for prompt in drawn]
-    for start in range(0, count, _BATCH):
-        share = texts[start : start + _BATCH]
-        given = answers(model, tokenizer, share, edit=edit)
-        sequences = [
-            encode_prompt(tokenizer, text)
-            + tokenizer.encode(answer, add_special_tokens=False)
-            for text, answer in zip(share, given, strict=True)
-        ]
-        batch = pad_left(sequences, tokenizer.pad_token_id)
-        recorded = _record(model, batch, edit, behind=layer)
-        for resid, rows in zip(recorded, batch.rows, strict=True):
-            scored = resid[rows]
-            yield Activations(scored, scored - sae.decode(sae.encode(scored)))
-        on_batch()
-
-
-@torch.no_grad()
-def _record(
-    model: LlamaForCausalLM, batch: Batch, edit: Edit | None, *, behind: int
-) -> torch.Tensor:
-    """Return what the layer behind the hook reads, `[batch, length, d_model]`."""
-    read: list[torch.Tensor] = []
-
-    def keep(_module: object, args: tuple[torch.Tensor, ...]) -> None:
-        read.append(args[0])
-
-    handle = model.model.layers[behind + 1].register_forward_pre_hook(keep)
-    with edited(model, edit, lambda: batch.rows):
-        model(
-            input_ids=batch.tokens,
-            attention_mask=batch.mask.long(),
-            position_ids=batch.positions,
-        )
-    handle.remove()
-    return read[0]
-
-
-def _find_source(folder: Path) -> SaeSource:
-    """Return the SAE that the folder's default policy clamps."""
-    policies = load_policy(folder / "policy.yaml")
-    return policies.saes[policies.policies[policies.default_policy].clamps[0].sae]
+    path = reader.policy.monitors[0].calibration
+    assert path is not None
+    save_calibration(calibration, path)
+    return calibration

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from guard.monitor import Column, Watch
+from guard.monitor import Watch, column_of
 from guard.request import TICKET_KEY, Ticket, Trace
 from guard.verdict import Verdict, decide, report
 from vllm_guard import context
@@ -165,13 +165,10 @@ def _prompt_length(request: Any) -> int:
 def _watch(ticket: Ticket, prompt_length: int, *, total: int) -> Watched:
     state = context.get()
     policy = state.policy_file.policies[ticket.policy]
-    columns, thresholds = [], []
-    for monitor in policy.monitors:
-        path = str(monitor.calibration)
-        columns.append(state.columns.index(Column(monitor.sae, monitor.score, path)))
-        thresholds.append(
-            state.calibrations[path].threshold(total, target_fpr=monitor.target_fpr)
-        )
+    columns = [
+        state.columns.index(column_of(state.policy_file, monitor))
+        for monitor in policy.monitors
+    ]
     saes = {monitor.sae for monitor in policy.monitors}
     return Watched(
         id=ticket.guard_id,
@@ -180,12 +177,12 @@ def _watch(ticket: Ticket, prompt_length: int, *, total: int) -> Watched:
         watch=Watch(
             policy,
             columns=columns,
-            thresholds=thresholds,
+            thresholds=state.thresholds(ticket.policy, total),
             prompt_length=prompt_length,
             seen_columns={
                 f"{column.score}:{column.sae}": number
                 for number, column in enumerate(state.columns)
-                if column.calibration is None and column.sae in saes
+                if column.entry is None and column.sae in saes
             },
         ),
     )

@@ -3,8 +3,10 @@
 import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from guard.check import digest_model
 from guard.errors import EngineError
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ __all__ = [
     "check_engine",
     "check_frontend",
     "check_version",
+    "digest",
+    "dtype_name",
 ]
 
 PLUGIN_VERSION = version("vllm-guard")
@@ -171,6 +175,27 @@ def check_engine(config: "VllmConfig") -> None:
                 "expected a server without it."
             )
             raise EngineError(message)
+
+
+def dtype_name(model_config: Any) -> str:
+    """Return what a model computes in, such as "bfloat16"."""
+    return str(model_config.dtype).removeprefix("torch.")
+
+
+def digest(model_config: Any) -> str | None:
+    """Return the digest of the served model; None where its files are not at hand."""
+    folder = Path(model_config.model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            name, revision = model_config.model, model_config.revision
+            found = snapshot_download(name, revision=revision, local_files_only=True)
+        except (LocalEntryNotFoundError, ValueError):
+            return None
+        folder = Path(found)
+    return digest_model(folder)
 
 
 REFUSED_FRONTENDS: Mapping[str, Callable[["Namespace"], object]] = {

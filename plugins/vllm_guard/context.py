@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guard.calibration import Calibration
-from guard.check import check_targets, load_calibrations
+from guard.calibration import Calibration, share_budgets
+from guard.check import check_calibrations, load_calibrations
 from guard.errors import GuardError, PolicyError
+from guard.hook import HookPoint
 from guard.monitor import Column, list_columns
 from guard.policy import (
     PolicyFile,
@@ -36,6 +37,7 @@ from guard.request import (
     sign_ticket,
 )
 from vllm_guard import compat
+from vllm_guard.recorder import Recorder
 
 if TYPE_CHECKING:
     from vllm_guard.board import Board
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAULT_VARIABLE",
     "POLICY_VARIABLE",
+    "RECORD_VARIABLE",
     "Context",
     "cache_salt",
     "enter",
@@ -62,6 +65,8 @@ SECRET_VARIABLE = "GUARD_SECRET"
 """Hex secret of this start, with which tickets are signed."""
 FINGERPRINT_VARIABLE = "GUARD_FINGERPRINT"
 """Fingerprint of the policy file as the first process read it."""
+RECORD_VARIABLE = "GUARD_RECORD"
+"""Set where monitors are not run but what they would see is recorded."""
 FAULT_VARIABLE = "GUARD_FAULT_FILE"
 """File into which a process that cannot start writes its one line."""
 
@@ -79,6 +84,10 @@ class Context:
     calibrations: dict[str, Calibration]
     """By path, as the monitors name them."""
     secret: bytes
+    hook_points: tuple[HookPoint, ...] = ()
+    """Where the model is hooked."""
+    recorder: Recorder | None = None
+    """In a worker, where requests are recorded and not monitored."""
     rows: "StepRows | None" = None
     """In a worker: the row map, once the model is loaded."""
     board: "Board | None" = None
@@ -89,10 +98,33 @@ class Context:
     """In the engine core: tokens and errors not yet told to an API server."""
     hook_seconds: list[float] = field(default_factory=list)
     """In the engine core: timed calls of hooks not yet told either."""
+    _thresholds: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = field(
+        default_factory=dict
+    )
+    """By policy and bucket of each calibration."""
 
     def slot(self, policy: str) -> int:
         """Return the slot of a policy; 0 is no policy at all."""
         return list(self.policy_file.policies).index(policy) + 1
+
+    def thresholds(self, policy: str, total_length: int) -> tuple[float, ...]:
+        """Return the threshold of each monitor of a policy, in their order.
+
+        Args:
+            policy: Its name.
+            total_length: Most tokens the request can have, prompt and output.
+        """
+        entry = self.policy_file.policies[policy]
+        groups = share_budgets(entry)
+        buckets = tuple(self.calibrations[p].bucket(total_length) for p, _ in groups)
+        if (policy, buckets) not in self._thresholds:
+            found: dict[str, float] = {}
+            for (path, _), targets in groups.items():
+                calibration = self.calibrations[path]
+                found |= calibration.thresholds(total_length, targets=targets)
+            ordered = tuple(found[monitor.name] for monitor in entry.monitors)
+            self._thresholds[policy, buckets] = ordered
+        return self._thresholds[policy, buckets]
 
 
 _context: Context | None = None
@@ -119,13 +151,19 @@ def enter() -> bool:
         return False
     compat.check_version()
     policy_file = load_policy(Path(path))
+    recorder = None
+    hook_points = policy_file.hook_points
+    if os.environ.get(RECORD_VARIABLE):
+        # Monitors that are not calibrated yet: only their places are of interest.
+        policy_file = policy_file.without_monitors()
+        recorder = Recorder()
     found = file_fingerprint(policy_file)
     _check_unchanged(path, found)
     if not os.environ.get(SECRET_VARIABLE):
         os.environ[SECRET_VARIABLE] = secrets.token_hex(32)
     calibrations = load_calibrations(policy_file)
-    # Now, and not at a request, where a calibration is too small for a target.
-    check_targets(policy_file, calibrations)
+    # Now, and not at a request, where a calibration does not fit.
+    check_calibrations(policy_file, calibrations)
     _context = Context(
         policy_file=policy_file,
         fingerprint=found,
@@ -135,6 +173,8 @@ def enter() -> bool:
         columns=list_columns(policy_file),
         calibrations=calibrations,
         secret=bytes.fromhex(os.environ[SECRET_VARIABLE]),
+        hook_points=tuple(map(HookPoint.parse, hook_points)),
+        recorder=recorder,
     )
     return True
 
@@ -189,6 +229,7 @@ def reset() -> None:
     _context = None
     os.environ.pop(SECRET_VARIABLE, None)
     os.environ.pop(FINGERPRINT_VARIABLE, None)
+    os.environ.pop(RECORD_VARIABLE, None)
 
 
 def sampling_args(policy: str, *, trace: Trace) -> dict[str, Any]:

@@ -7,13 +7,14 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guard.check import load_saes
+from guard.check import check_origin, load_saes
 from guard.errors import EngineError, SaeError
 from guard.hook import HookPoint
 from guard.pipeline import Guard, StepBuffers, build_guards
@@ -51,6 +52,7 @@ def install() -> None:
     for worker in (Worker, CPUWorker):
         wrap(worker, "compile_or_warm_up_model", _warm_up)
         worker.guard_status = _guard_status
+        worker.guard_write_recordings = _write_recordings
 
 
 def _load_model(
@@ -80,8 +82,21 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
         num_columns=len(state.columns),
     )
     saes = load_saes(state.policy_file)
-    check_widths(saes, config.model_config.get_hidden_size())
-    guards = build_guards(state.policy_file, saes, state.calibrations, step)
+    hidden_size = config.model_config.get_hidden_size()
+    check_widths(saes, hidden_size)
+    check_origin(
+        state.calibrations,
+        model=compat.digest(config.model_config),
+        dtype=compat.dtype_name(config.model_config),
+    )
+    guards = build_guards(
+        state.policy_file,
+        saes,
+        state.calibrations,
+        step,
+        d_model=hidden_size,
+        hook_points=state.hook_points,
+    )
     for at in guards:
         check_layer(at, len(layers))
     parts = list(guards.values())
@@ -89,7 +104,7 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
     home = nn.Module()
     home.guards, home.step = nn.ModuleList(parts), step
     model.add_module("vllm_guard", home.to(device))
-    ops.bind(parts)
+    ops.bind(parts, recorder=state.recorder)
     for index, guard in enumerate(parts):
         layer = layers[guard.hook_point.layer]
         selftest.check_stream(
@@ -99,7 +114,12 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
         )
         _hook_layer(layer, index)
         selftest.check_canary(guard, state.policy_file, dtype=config.model_config.dtype)
-    state.rows = StepRows(step, num_hooks=len(parts), default_slot=default_slot())
+    state.rows = StepRows(
+        step,
+        num_hooks=len(parts),
+        default_slot=default_slot(),
+        recorder=state.recorder,
+    )
     _salt_compile_cache(config, parts)
 
 
@@ -214,6 +234,13 @@ def _warm_up(
     with context.reporting():
         selftest.check_hooks_ran(worker.model_runner, context.get().rows)
     return result
+
+
+def _write_recordings(worker: Any, path: str) -> None:
+    """Write what was recorded; called through `collective_rpc`, one rank writes."""
+    recorder = context.get().recorder
+    if recorder is not None and worker.rank == 0:
+        recorder.write(Path(path))
 
 
 def _guard_status(worker: Any) -> dict[str, Any]:

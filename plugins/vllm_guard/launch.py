@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import ValidationError
 
-from guard.check import check_policy
+from guard.check import check_origin, check_policy, load_calibrations
 from guard.errors import EngineError, GuardError
 from guard.hook import HookPoint
 from guard.policy import load_policy
@@ -58,9 +58,14 @@ def serve(model: str, policy: Path, arguments: Sequence[str]) -> None:
     config = _make_config(args)
     compat.check_engine(config)
     hook.check_widths(saes, config.model_config.get_hidden_size())
-    for name in saes:
-        at = HookPoint.parse(policy_file.saes[name].hook_point)
-        hook.check_layer(at, config.model_config.get_total_num_hidden_layers())
+    for at in policy_file.hook_points:
+        num_layers = config.model_config.get_total_num_hidden_layers()
+        hook.check_layer(HookPoint.parse(at), num_layers)
+    check_origin(
+        load_calibrations(policy_file),
+        model=compat.digest(config.model_config),
+        dtype=compat.dtype_name(config.model_config),
+    )
     del saes, config
     _run(args)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from guard.pipeline import Guard
+from guard.pipeline import Guard, read_resid
+from vllm_guard.recorder import Recorder
 
 __all__ = ["bind", "bound", "call_guard", "take_seconds"]
 
@@ -18,13 +19,21 @@ SAMPLED = 64
 """One call in so many is timed."""
 
 _guards: list[Guard] = []
+_recorder: Recorder | None = None
 _calls = 0
 _seconds: list[float] = []
 
 
-def bind(guards: list[Guard]) -> None:
-    """Let `call_guard(..., index)` reach `guards[index]` in this process."""
+def bind(guards: list[Guard], *, recorder: Recorder | None = None) -> None:
+    """Let `call_guard(..., index)` reach `guards[index]` in this process.
+
+    Args:
+        guards: In the order of their indices.
+        recorder: Sees what flows on behind each of them.
+    """
+    global _recorder
     _guards[:] = guards
+    _recorder = recorder
 
 
 def bound() -> list[Guard]:
@@ -37,10 +46,12 @@ def _guard(hidden_states: Tensor, residual: Tensor | None, index: int) -> None:
     _calls += 1
     if _calls % SAMPLED:
         _guards[index](hidden_states, residual)
-        return
-    start = time.perf_counter()
-    _guards[index](hidden_states, residual)
-    _seconds.append(time.perf_counter() - start)
+    else:
+        start = time.perf_counter()
+        _guards[index](hidden_states, residual)
+        _seconds.append(time.perf_counter() - start)
+    if _recorder is not None:
+        _recorder.see(_guards[index], read_resid(hidden_states, residual))
 
 
 def take_seconds() -> list[float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from guard.pipeline import Marks, StepBuffers
 from guard.policy import MAX_RULES
 from vllm_guard.readings import Span, StepReadings
+from vllm_guard.recorder import Recorder
 
 __all__ = ["SLOT_KEY", "StepRequest", "StepRows", "slot_of", "slots_of_positions"]
 
@@ -51,15 +52,24 @@ class StepRows:
     readings along, and no eviction, reuse or preemption needs any bookkeeping.
     """
 
-    def __init__(self, step: StepBuffers, *, num_hooks: int, default_slot: int) -> None:
+    def __init__(
+        self,
+        step: StepBuffers,
+        *,
+        num_hooks: int,
+        default_slot: int,
+        recorder: Recorder | None = None,
+    ) -> None:
         """Serve the given buffers.
 
         Args:
             step: What the hooks read and write.
             num_hooks: Hooks every row must pass.
             default_slot: Slot of a request that names none.
+            recorder: Told whose rows each step had.
         """
         self.step = step
+        self._recorder = recorder
         self.default_slot = default_slot
         self.kv_group = 0
         """Group of KV blocks beside which readings are kept; holds every position."""
@@ -196,6 +206,8 @@ class StepRows:
                 guarded=guarded,
             )
             row, end = share.stop, end + length
+        if self._recorder is not None:
+            self._recorder.close_step(self._requests)
         self._forget(num_rows)
         return StepReadings(np.concatenate(pieces) if prefixes else own, spans)
 

@@ -1,0 +1,112 @@
+"""A client of a running guarded server, for the commands that need one."""
+
+import contextlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from guard.errors import EngineError
+from guard.prompt import Prompt
+from guard.traffic import Told
+
+__all__ = ["Client"]
+
+_AT_ONCE = 16
+"""Requests that are under way at once."""
+_SECONDS = 600
+
+
+class Client:
+    """Talks to a server by URL, as any OpenAI client would."""
+
+    def __init__(self, url: str, *, api_key: str = "", policy: str = "") -> None:
+        """Know the server; nothing is asked yet.
+
+        Args:
+            url: Of the server, without /v1.
+            api_key: Where the server checks keys.
+            policy: The policy that requests run under; the server's choice without.
+        """
+        self._url = url.rstrip("/")
+        self._headers = {"content-type": "application/json"}
+        if api_key:
+            self._headers["authorization"] = f"Bearer {api_key}"
+        self._policy = {"policy": policy} if policy else {}
+
+    def call(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Return the JSON of an answer; a body makes it a POST.
+
+        Raises:
+            EngineError: The server cannot be reached, or refuses; its words are kept.
+        """
+        request = urllib.request.Request(
+            self._url + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={**self._headers, **(headers or {})},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            message = f"{self._url}{path} answered {error.code}: {_words(error)}"
+            raise EngineError(message) from error
+        except (OSError, ValueError) as error:
+            message = f"{self._url} does not answer as a guarded server: {error}."
+            raise EngineError(message) from error
+
+    def ask(self, prompts: Sequence[Prompt]) -> Iterator[Told]:
+        """Answer prompts greedily and yield what the guard told of each, in order.
+
+        Raises:
+            EngineError: The server cannot be reached, refuses, or has no guard; or a
+                prompt comes with a response, which only an engine of one's own takes.
+        """
+        if any(prompt.response is not None for prompt in prompts):
+            message = (
+                "A prompt has a 'response', but a server answers by itself; expected "
+                "prompts alone."
+            )
+            raise EngineError(message)
+        (model, *_) = self.call("/v1/models")["data"]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            try:
+                yield from pool.map(lambda prompt: self._ask(model, prompt), prompts)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _ask(self, model: Mapping[str, Any], prompt: Prompt) -> Told:
+        body: dict[str, Any] = {
+            "model": model["id"],
+            "temperature": 0,
+            "max_tokens": prompt.max_tokens,
+            "guard": {**self._policy, "trace": "summary"},
+        }
+        if prompt.text is not None:
+            answer = self.call("/v1/completions", {**body, "prompt": prompt.text})
+        else:
+            body["messages"] = prompt.conversation
+            answer = self.call("/v1/chat/completions", body)
+        if "guard" not in answer:
+            message = (
+                f"{self._url} answers without a verdict; expected a guarded server."
+            )
+            raise EngineError(message)
+        total = answer["usage"]["prompt_tokens"] + prompt.max_tokens
+        return Told.of(answer["guard"], min(total, model["max_model_len"]))
+
+
+def _words(error: urllib.error.HTTPError) -> str:
+    """Return what a server says of an error, in one line."""
+    text = error.read(2000).decode(errors="replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    return " ".join(str(text).split())

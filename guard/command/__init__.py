@@ -1,0 +1,1 @@
+"""What the longer commands do, one module each; `guard.cli` holds their options."""

@@ -1,0 +1,254 @@
+"""Probes: what a behaviour looks like in the stream, learned from labelled requests.
+
+A probe reads one token at a time and knows no attention. It is judged on whole groups
+of prompts that it was not trained on: on few topics it would remember those.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from guard.errors import CalibrationError
+from guard.monitor import sum_up
+from guard.policy import Monitor
+from guard.recording import Recording
+from guard.score import Activations, Statistics, probe
+
+__all__ = [
+    "Example",
+    "ProbeRecipe",
+    "auroc",
+    "judge_probe",
+    "load_probe",
+    "save_probe",
+    "tpr_at_fpr",
+    "train_probe",
+]
+
+FORMAT = 1
+
+
+class Example(NamedTuple):
+    """One labelled request at one hook point."""
+
+    resid: Tensor
+    """Rows of the probe's stage, `[num_tokens, d_model]`."""
+    label: int
+    """1 where the request shows the behaviour."""
+    group: str
+    """What it is about."""
+
+    @classmethod
+    def of(
+        cls, recording: Recording, monitor: Monitor, at: str, label: int, group: str
+    ) -> "Example":
+        """Cut a recording to what a monitor's probe looks at."""
+        rows = recording.resid[at].float()
+        if monitor.stage == "prompt":
+            rows = rows[: recording.prompt_length]
+        elif monitor.stage == "output":
+            rows = rows[recording.prompt_length :]
+        return cls(rows, label, group)
+
+
+class ProbeRecipe(NamedTuple):
+    """How a probe is trained; the defaults were chosen on the organism's dev topics."""
+
+    hidden: int = 128
+    """Width of its hidden layer."""
+    steps: int = 1500
+    """Optimiser steps."""
+    batch_size: int = 1024
+    """Tokens per step."""
+    learning_rate: float = 3e-3
+    """AdamW's."""
+    weight_decay: float = 0.1
+    """AdamW's."""
+    noise: float = 0.5
+    """Deviation of the noise on standardised activations; keeps it off details."""
+    dropout: float = 0.5
+    """Share of hidden units that are left out of each step."""
+
+
+def train_probe(
+    examples: Sequence[Example],
+    recipe: ProbeRecipe,
+    *,
+    seed: int = 0,
+    on_step: Callable[[], object] = lambda: None,
+) -> dict[str, Tensor]:
+    """Train a probe to tell the tokens of labelled requests apart.
+
+    Each token is an example with its request's label; both labels weigh the same.
+
+    Returns:
+        The statistics of the score `probe`, the standardisation folded in.
+
+    Raises:
+        CalibrationError: A label is missing among the examples.
+    """
+    rows = torch.cat([example.resid for example in examples]).float()
+    labels = torch.cat([torch.full((len(e.resid),), float(e.label)) for e in examples])
+    positive = labels.mean()
+    if not 0 < positive < 1:
+        message = "All labelled tokens have one label; expected some of each, 0 and 1."
+        raise CalibrationError(message)
+    weights = torch.where(labels > 0, 0.5 / positive, 0.5 / (1 - positive))
+    mean, scale = rows.mean(0), rows.std(0).clamp(min=1e-6)
+    rows = (rows - mean) / scale
+    generator = torch.Generator().manual_seed(seed)
+    parameters = _initial(rows.shape[1], recipe.hidden, generator)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    for _ in range(recipe.steps):
+        chosen = torch.randint(len(rows), (recipe.batch_size,), generator=generator)
+        noise = torch.randn(recipe.batch_size, rows.shape[1], generator=generator)
+        kept = torch.rand(recipe.batch_size, recipe.hidden, generator=generator)
+        odds = _forward(
+            rows[chosen] + recipe.noise * noise,
+            parameters,
+            (kept >= recipe.dropout) / (1 - recipe.dropout),
+        )
+        loss = functional.binary_cross_entropy_with_logits(
+            odds, labels[chosen], weight=weights[chosen]
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        on_step()
+    return _fold(parameters, mean, scale)
+
+
+def _initial(width: int, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
+    parameters = {
+        "weight": torch.zeros(width),
+        "inward": torch.randn(width, hidden, generator=generator) / 10,
+        "bias": torch.zeros(hidden),
+        "outward": torch.randn(hidden, generator=generator) / 10,
+        "offset": torch.zeros(()),
+    }
+    return {name: value.requires_grad_() for name, value in parameters.items()}
+
+
+def _forward(rows: Tensor, parameters: Mapping[str, Tensor], kept: Tensor) -> Tensor:
+    hidden = (rows @ parameters["inward"] + parameters["bias"]).relu() * kept
+    linear = rows @ parameters["weight"] + parameters["offset"]
+    return linear + hidden @ parameters["outward"]
+
+
+@torch.no_grad()
+def _fold(
+    parameters: Mapping[str, Tensor], mean: Tensor, scale: Tensor
+) -> dict[str, Tensor]:
+    weight = parameters["weight"] / scale
+    inward = parameters["inward"] / scale[:, None]
+    return {
+        "weight": weight.detach(),
+        "inward": inward.detach(),
+        "bias": (parameters["bias"] - mean @ inward).detach(),
+        "outward": parameters["outward"].detach().clone(),
+        "offset": (parameters["offset"] - mean @ weight).detach(),
+    }
+
+
+def judge_probe(
+    examples: Sequence[Example],
+    monitor: Monitor,
+    recipe: ProbeRecipe,
+    *,
+    folds: int = 4,
+    seed: int = 0,
+    on_step: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Say how well probes tell requests of groups apart that they never saw.
+
+    Each fold trains on the groups of the others. Requests are compared by what the
+    monitor makes of them, within their fold.
+
+    Returns:
+        `auroc` and `tpr_at_1pct`, means over the folds, and the number of `groups`.
+
+    Raises:
+        CalibrationError: There are fewer groups of a label than folds.
+    """
+    # Dealt by label, so that each fold has groups of both.
+    label_of: dict[str, int] = {}
+    for example in examples:
+        label_of[example.group] = max(label_of.get(example.group, 0), example.label)
+    ranked = sorted(label_of, key=lambda group: (label_of[group], group))
+    fold_of = {group: number % folds for number, group in enumerate(ranked)}
+    if min(sum(label_of.values()), len(label_of)) < folds:
+        message = (
+            f"{len(label_of)} groups, {sum(label_of.values())} with label 1, are too "
+            f"few to judge a probe on groups it never saw; expected {folds} at least."
+        )
+        raise CalibrationError(message)
+    found = []
+    for fold in range(folds):
+        trained = [e for e in examples if fold_of[e.group] != fold]
+        judged = [e for e in examples if fold_of[e.group] == fold]
+        statistics = train_probe(trained, recipe, seed=seed, on_step=on_step)
+        shown: dict[int, list[float]] = {0: [], 1: []}
+        for example in judged:
+            shown[example.label].append(_read(statistics, example, monitor))
+        shows, hides = torch.tensor(shown[1]), torch.tensor(shown[0])
+        found.append((auroc(shows, hides), tpr_at_fpr(shows, hides, 0.01)))
+    area, caught = torch.tensor(found).mean(0).tolist()
+    return {"auroc": area, "tpr_at_1pct": caught, "groups": len(label_of)}
+
+
+def _read(statistics: Statistics, example: Example, monitor: Monitor) -> float:
+    scores = probe(Activations(example.resid), statistics).numpy()
+    everything = monitor.model_copy(update={"stage": None})
+    return sum_up(scores, everything, prompt_length=0)
+
+
+def auroc(positive: Tensor, negative: Tensor) -> float:
+    """Return the probability that a positive is above a negative, ties half."""
+    above = (positive[:, None] > negative).double().mean()
+    level = (positive[:, None] == negative).double().mean()
+    return float(above + level / 2)
+
+
+def tpr_at_fpr(positive: Tensor, negative: Tensor, fpr: float) -> float:
+    """Return the share of positives above all but `fpr` of the negatives."""
+    bar = negative.double().quantile(1 - fpr, interpolation="higher")
+    return float((positive > bar).double().mean())
+
+
+def save_probe(path: Path, statistics: Statistics, about: Mapping[str, Any]) -> None:
+    """Write a probe's weights; `about` must be JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, **about}, sort_keys=True)
+    contiguous = {name: value.contiguous() for name, value in statistics.items()}
+    save_file(contiguous, path, metadata={"guard": text})
+
+
+def load_probe(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a probe's weights, and what is known about it.
+
+    Raises:
+        CalibrationError: The file is missing, damaged or not a probe.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["guard"])
+            statistics = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError as error:
+        message = f"{path}: no such probe; `guard probe train` writes one."
+        raise CalibrationError(message) from error
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        message = f"{path}: not a probe that `guard probe train` wrote ({error})."
+        raise CalibrationError(message) from error
+    if about.pop("format", None) != FORMAT:
+        message = f"{path}: a probe of another format; train it again."
+        raise CalibrationError(message)
+    return statistics, about

@@ -1,0 +1,344 @@
+"""Traffic through a policy: calibrate on it, and check a calibration on more of it.
+
+What drives the model is somebody else's: an engine that records what it computes, or a
+server that tells its readings (`Recorder`, `Server`).
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from guard.calibration import (
+    Calibration,
+    Entry,
+    excess_probability,
+    fit_scales,
+    load_calibration,
+    save_calibration,
+    share_budgets,
+)
+from guard.errors import CalibrationError
+from guard.policy import Policy
+from guard.prompt import Prompt
+from guard.recording import Reader, Recording, fit_calibration, fit_entries
+from guard.score import Statistics
+
+__all__ = [
+    "Cell",
+    "Plan",
+    "Recorder",
+    "Server",
+    "Told",
+    "calibrate",
+    "check_sample",
+    "judge_alarms",
+    "recalibrate",
+]
+
+_CHUNK = 256
+"""Requests after which a run that is interrupted can go on."""
+
+Advance = Callable[[int], object]
+"""Told how many more requests are done."""
+
+
+class Recorder(Protocol):
+    """An engine under the policy's clamps that records what monitors would see."""
+
+    def record(self, prompts: Sequence[Prompt]) -> Iterator[Recording]:
+        """Answer prompts and yield one recording each, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a server said of one request."""
+
+    scores: Mapping[str, float]
+    """Largest score so far, by monitor."""
+    alarms: frozenset[str]
+    """Monitors that alarmed."""
+    total_length: int
+    """Most tokens the request could have had, prompt and output."""
+
+    @classmethod
+    def of(cls, verdict: Mapping[str, Any], total_length: int) -> Self:
+        """Read a traced `guard` object."""
+        readings = verdict["readings"]
+        return cls(
+            # What is not finite has no word in JSON.
+            scores={r["monitor"]: _number(r["score"]) for r in readings},
+            alarms=frozenset(alarm["monitor"] for alarm in verdict["alarms"]),
+            total_length=total_length,
+        )
+
+
+def _number(score: float | None) -> float:
+    return math.inf if score is None else float(score)
+
+
+class Server(Protocol):
+    """A guarded engine that is asked like any client asks it."""
+
+    def ask(self, prompts: Sequence[Prompt]) -> Iterator[Told]:
+        """Answer prompts and yield what the guard told of each, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a calibration is to be made of."""
+
+    fitting: Sequence[Prompt]
+    """Benign prompts for the statistics."""
+    held_out: Sequence[Prompt]
+    """Others, for the thresholds."""
+    lengths: tuple[int, ...] = ()
+    """Largest total length of each bucket; one bucket for all when left out."""
+    probes: Mapping[str, Statistics] | None = None
+    """By name of the monitor, the weights of each probe."""
+
+
+def calibrate(
+    reader: Reader,
+    recorder: Recorder,
+    plan: Plan,
+    *,
+    provenance: Mapping[str, Any],
+    work: Path,
+    on_requests: Advance = lambda _: None,
+) -> Calibration:
+    """Fit a policy's monitors on benign traffic and collect their thresholds.
+
+    Interrupted, it goes on where it was: `work` keeps what is done.
+
+    Args:
+        reader: Of the policy.
+        recorder: Runs the prompts under the policy's clamps.
+        plan: Which prompts, and what for.
+        provenance: Kept in the file; what is in `work` is used only if it was made
+            with the same.
+        work: Folder for what is done so far; the caller removes it at the end.
+        on_requests: Told as requests are done.
+
+    Raises:
+        CalibrationError: There is too little traffic for the policy's targets.
+    """
+    progress = _Progress(work, provenance)
+    fitted = progress.load_fit()
+    entries: Mapping[str, Entry]
+    if fitted is None:
+        recordings = []
+        for recording in recorder.record(plan.fitting):
+            recordings.append(recording)
+            on_requests(1)
+        entries = fit_entries(reader, recordings, plan.probes or {})
+        reference = [(r.total_length, reader.maxima(entries, r)) for r in recordings]
+        del recordings
+        progress.save_fit(entries, reference)
+    else:
+        entries, reference = fitted
+        on_requests(len(plan.fitting))
+    held_out: list[tuple[int, Tensor]] = []
+    for start in range(0, len(plan.held_out), _CHUNK):
+        share = plan.held_out[start : start + _CHUNK]
+        known = progress.load_chunk(start)
+        if known is None:
+            known = []
+            for recording in recorder.record(share):
+                known.append(
+                    (recording.total_length, reader.maxima(entries, recording))
+                )
+                on_requests(1)
+            progress.save_chunk(start, known)
+        else:
+            on_requests(len(share))
+        held_out += known
+    lengths = plan.lengths or (max(n for n, _ in [*reference, *held_out]),)
+    calibration = fit_calibration(
+        entries,
+        reference=reference,
+        held_out=held_out,
+        lengths=lengths,
+        provenance=provenance,
+    )
+    check_sample(calibration, reader.policy)
+    return calibration
+
+
+class _Progress:
+    """The part of a calibration that is done, in a folder."""
+
+    def __init__(self, folder: Path, provenance: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._fit = folder / "fit.safetensors"
+        known = folder / "run.json"
+        text = json.dumps(provenance, sort_keys=True)
+        if not known.exists() or known.read_text(encoding="utf-8") != text:
+            for old in folder.glob("*.safetensors"):
+                old.unlink()
+            known.write_text(text, encoding="utf-8")
+
+    def load_fit(self) -> tuple[Mapping[str, Entry], list[tuple[int, Tensor]]] | None:
+        if not self._fit.exists():
+            return None
+        saved = load_calibration(self._fit)
+        lengths = saved.provenance["total_lengths"]
+        return saved.entries, list(zip(lengths, saved.maxima[0], strict=True))
+
+    def save_fit(
+        self, entries: Mapping[str, Entry], reference: list[tuple[int, Tensor]]
+    ) -> None:
+        maxima = torch.stack([maxima for _, maxima in reference])
+        lengths = [length for length, _ in reference]
+        saved = Calibration(
+            entries=entries,
+            lengths=(max(lengths),),
+            scales=(fit_scales(maxima),),
+            maxima=(maxima,),
+            provenance={"total_lengths": lengths},
+        )
+        # Whole or not at all, should the run end just now.
+        scratch = self._fit.with_suffix(".new")
+        save_calibration(saved, scratch)
+        scratch.replace(self._fit)
+
+    def load_chunk(self, start: int) -> list[tuple[int, Tensor]] | None:
+        path = self._folder / f"chunk-{start}.safetensors"
+        if not path.exists():
+            return None
+        saved = load_file(path)
+        return list(zip(saved["lengths"].tolist(), saved["maxima"], strict=True))
+
+    def save_chunk(self, start: int, known: list[tuple[int, Tensor]]) -> None:
+        path = self._folder / f"chunk-{start}.safetensors"
+        tensors = {
+            "lengths": torch.tensor([length for length, _ in known]),
+            "maxima": torch.stack([maxima for _, maxima in known]),
+        }
+        scratch = path.with_suffix(".new")
+        save_file(tensors, scratch)
+        scratch.replace(path)
+
+
+def recalibrate(
+    calibration: Calibration,
+    policy: Policy,
+    server: Server,
+    prompts: Sequence[Prompt],
+    *,
+    provenance: Mapping[str, Any],
+    on_requests: Advance = lambda _: None,
+) -> Calibration:
+    """Collect thresholds anew from what a running server tells of benign traffic.
+
+    The statistics stay, and so do the buckets: a server tells scores, not the stream.
+
+    Args:
+        calibration: What the server runs under.
+        policy: The policy that was asked for; its monitors must only flag, since a
+            request that is cut short would hide how far its scores go.
+        server: The running server.
+        prompts: Benign, and none that had a part in the statistics.
+        provenance: Added to the calibration's own.
+        on_requests: Told as requests are done.
+
+    Raises:
+        CalibrationError: A monitor blocks, or there is too little traffic.
+    """
+    blocking = [m.name for m in policy.monitors if m.on_alarm == "block"]
+    if policy.mode == "enforce" and blocking:
+        message = (
+            f"Monitors {', '.join(blocking)} block, and a blocked request does not "
+            "show its largest score; expected a policy whose monitors flag."
+        )
+        raise CalibrationError(message)
+    held_out = []
+    for told in server.ask(prompts):
+        maxima = torch.tensor([told.scores[name] for name in calibration.entries])
+        held_out.append((told.total_length, maxima))
+        on_requests(1)
+    fresh = fit_calibration(
+        calibration.entries,
+        reference=held_out,
+        held_out=held_out,
+        lengths=calibration.lengths,
+        provenance={**calibration.provenance, **provenance},
+    )
+    renewed = replace(fresh, scales=calibration.scales)
+    check_sample(renewed, policy)
+    return renewed
+
+
+def check_sample(calibration: Calibration, policy: Policy) -> None:
+    """Refuse a sample that cannot support the false-alarm rates of a policy.
+
+    Raises:
+        CalibrationError: Says which bucket needs how many requests.
+    """
+    for targets in share_budgets(policy).values():
+        for length in calibration.lengths:
+            calibration.thresholds(length, targets=targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Alarms of one bucket and one action, against what was promised."""
+
+    length: int
+    """Largest total length of the bucket."""
+    action: str
+    target: float
+    """Promised share of benign requests."""
+    requests: int
+    alarms: int
+    p_value: float
+    """Probability of as many alarms or more, were the promise kept."""
+
+
+def judge_alarms(
+    calibration: Calibration, policy: Policy, told: Sequence[Told]
+) -> list[Cell]:
+    """Hold the alarms of fresh benign requests against a calibration's promise.
+
+    The threshold is the k-th of n calibration requests, so the number of alarms among
+    m fresh ones is beta-binomial, and its upper tail is the p-value of a cell. With c
+    cells a p-value below 0.05 / c breaks the promise (Bonferroni).
+
+    Returns:
+        A cell for each bucket and action that has requests.
+    """
+    asked = Counter(calibration.bucket(one.total_length) for one in told)
+    cells = []
+    for bucket, requests in sorted(asked.items()):
+        for (_, action), targets in share_budgets(policy).items():
+            target = float(sum(targets.values()))
+            alarms = sum(
+                bool(one.alarms & set(targets))
+                for one in told
+                if calibration.bucket(one.total_length) == bucket
+            )
+            p_value = excess_probability(
+                alarms,
+                requests=requests,
+                held_out=len(calibration.maxima[bucket]),
+                target_fpr=target,
+            )
+            cells.append(
+                Cell(
+                    length=calibration.lengths[bucket],
+                    action=action,
+                    target=target,
+                    requests=requests,
+                    alarms=alarms,
+                    p_value=p_value,
+                )
+            )
+    return cells
