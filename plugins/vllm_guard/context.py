@@ -79,6 +79,8 @@ class Context:
     calibrations: dict[str, Calibration]
     """By path, as the monitors name them."""
     secret: bytes
+    holds: bool = False
+    """Whether any policy keeps tokens back."""
     rows: "StepRows | None" = None
     """In a worker: the row map, once the model is loaded."""
     board: "Board | None" = None
@@ -135,6 +137,7 @@ def enter() -> bool:
         columns=list_columns(policy_file),
         calibrations=calibrations,
         secret=bytes.fromhex(os.environ[SECRET_VARIABLE]),
+        holds=any(policy.hold_tokens for policy in policy_file.policies.values()),
     )
     return True
 
