@@ -20,7 +20,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeInt,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -132,12 +131,6 @@ def _refuse_entries(value: object) -> tuple[()]:
     if value:
         _refuse("is not built yet; leave the key out", kind="later")
     return ()
-
-
-def _refuse_hold(value: int) -> int:
-    if value > 0:
-        _refuse("holding back tokens is not built yet; expected 0", kind="later")
-    return value
 
 
 def _refuse_stable(value: bool) -> bool:
@@ -270,8 +263,14 @@ class Policy(_Frozen):
 
     mode: Mode = "enforce"
     """Whether the guard acts or only reports."""
-    hold_tokens: Annotated[NonNegativeInt, AfterValidator(_refuse_hold)] = 0
-    """How many tokens of a stream are kept back."""
+    hold_tokens: Annotated[int, Field(ge=0, le=1024)] = 0
+    """How many of the last tokens are kept back while an answer grows.
+
+    An alarm that comes this many tokens late still stops them. The price: the first
+    token leaves this many steps later, and so is a stop string found; an alarm on what
+    the model computes in between blocks too. Without effect under `observe`, where
+    nothing can be stopped.
+    """
     clamps: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
     """Applied in this order, all to the activations of the untouched stream."""
     monitors: Annotated[tuple[Monitor, ...], Field(max_length=MAX_MONITORS)] = ()

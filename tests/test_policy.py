@@ -156,12 +156,6 @@ LATER = [
         "3: require_stable: measuring stability is not built yet; expected false",
     ),
     (
-        "hold_tokens: 0",
-        "hold_tokens: 8",
-        "12: policies.default.hold_tokens: holding back tokens is not built yet; "
-        "expected 0",
-    ),
-    (
         "law: ablate",
         "law: project",
         f"14: {CLAMP0}.law: 'project' is not built yet; expected one of ablate, set, "
@@ -218,6 +212,8 @@ FAULTS = [
     ("max_policies: 16", "max_policies: 0", "2: max_policies: 0 should be greater than or equal to 1"),
     ("max_policies: 16", "max_policies: 010", "2: max_policies: '010' is no decimal number; quote it if it is text"),
     ("allow_unverified_model: false", "allow_unverified_model: 1", "4: allow_unverified_model: 1 should be a valid boolean"),
+    ("hold_tokens: 0", "hold_tokens: 1025", "12: policies.default.hold_tokens: 1025 should be less than or equal to 1024"),
+    ("hold_tokens: 0", "hold_tokens: -1", "12: policies.default.hold_tokens: -1 should be greater than or equal to 0"),
     ("latents: [827, 224]", "latents: [827, -1]", f"14: {CLAMP0}.latents[1]: -1 should be greater than or equal to 0"),
     ("latents: [827, 224]", "latents: [1e99]", f"14: {CLAMP0}.latents[0]: 1e+99 should be a valid integer (and 1 more)"),
     ("latents: [827, 224]", "latents: []", f"14: {CLAMP0}.latents: is empty; expected at least 1 entry"),
@@ -405,6 +401,7 @@ def test_a_fingerprint_does_not_depend_on_layout_place_or_neighbours(
         ("value: 4.0", "value: 4.5"),
         ("above: 0.5", "above: 0.6"),
         ("mode: enforce", "mode: observe"),
+        ("hold_tokens: 0", "hold_tokens: 1"),
         ("target_fpr: 0.01", "target_fpr: 0.02"),
         ("on_alarm: block", "on_alarm: flag"),
         (SHA, "b" * 64),

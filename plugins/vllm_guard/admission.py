@@ -16,6 +16,7 @@ from guard.monitor import Watch, column_of
 from guard.request import TICKET_KEY, Ticket, Trace
 from guard.verdict import Verdict, decide, report
 from vllm_guard import context
+from vllm_guard.holding import Holding
 from vllm_guard.patch import wrap
 from vllm_guard.rows import SLOT_KEY
 
@@ -49,6 +50,8 @@ class Watched:
     watch: Watch
     trace: Trace
     """How much of its readings the client asked to see."""
+    held: Holding | None = None
+    """Its last outputs, where its policy keeps any back."""
     fault: Literal["unguarded", "unscored"] | None = None
     """What was not seen of it: a token without its hooks, or a cached one's score."""
     _told: dict[str, Any] | None = None
@@ -170,10 +173,12 @@ def _watch(ticket: Ticket, prompt_length: int, *, total: int) -> Watched:
         for monitor in policy.monitors
     ]
     saes = {monitor.sae for monitor in policy.monitors}
+    holds = policy.hold_tokens > 0 and policy.mode == "enforce"
     return Watched(
         id=ticket.guard_id,
         name=ticket.policy,
         trace=ticket.trace,
+        held=Holding(policy.hold_tokens) if holds else None,
         watch=Watch(
             policy,
             columns=columns,

@@ -88,6 +88,8 @@ class Context:
     """Where the model is hooked."""
     recorder: Recorder | None = None
     """In a worker, where requests are recorded and not monitored."""
+    holds: bool = False
+    """Whether any policy keeps tokens back."""
     rows: "StepRows | None" = None
     """In a worker: the row map, once the model is loaded."""
     board: "Board | None" = None
@@ -175,6 +177,7 @@ def enter() -> bool:
         secret=bytes.fromhex(os.environ[SECRET_VARIABLE]),
         hook_points=tuple(map(HookPoint.parse, hook_points)),
         recorder=recorder,
+        holds=any(policy.hold_tokens for policy in policy_file.policies.values()),
     )
     return True
 

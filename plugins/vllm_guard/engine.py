@@ -89,6 +89,7 @@ def _update_from_output(
             cache.evict_blocks(
                 {i for ids in cache.get_block_ids(request_id) for i in ids}
             )
+    holders = _list_holders(scheduler)
     outputs = original(scheduler, scheduler_output, model_runner_output)
     _finish_blocked(scheduler, requests.values(), outputs)
     for client_outputs in outputs.values():
@@ -96,6 +97,9 @@ def _update_from_output(
             request = requests.get(output.request_id)
             if request is not None:
                 _tell(output, request.guard)
+    if holders:
+        _hold_back(outputs, holders)
+    _report(outputs)
     return outputs
 
 
@@ -228,19 +232,60 @@ def _finish_blocked(
             output.stop_reason = BLOCK_REASON
 
 
+def _list_holders(scheduler: Any) -> dict[str, Watched]:
+    """Return whose outputs may be held, by request id.
+
+    All requests: an error of vLLM's may end one that is not part of the step.
+    """
+    if not context.get().holds:
+        return {}
+    return {
+        request_id: request.guard
+        for request_id, request in scheduler.requests.items()
+        if request.guard.held is not None
+    }
+
+
+def _hold_back(outputs: Mapping[int, Any], holders: Mapping[str, Watched]) -> None:
+    """Put what may leave now in the place of what was made now."""
+    for client_outputs in outputs.values():
+        leaving = []
+        for output in client_outputs.outputs:
+            watched = holders.get(output.request_id)
+            if watched is None or watched.held is None:
+                leaving.append(output)
+            else:
+                leaving += watched.held.take(output, is_blocked=watched.is_blocked)
+        client_outputs.outputs = leaving
+
+
 def _tell(output: Any, watched: Watched) -> None:
-    """Let an output carry the request's verdict and what was not yet counted."""
-    state = context.get()
+    """Let an output carry the verdict on its request so far."""
     progress = Progress(
         verdict=watched.tell(),
         ratios=watched.watch.ratios,
         observed=watched.watch.observed,
-        counted=dict(state.uncounted),
-        hook_seconds=list(state.hook_seconds),
+        counted={},
+        hook_seconds=[],
     )
-    state.uncounted.clear()
-    state.hook_seconds.clear()
     output.kv_transfer_params = {
         **(output.kv_transfer_params or {}),
         CARRIER_KEY: progress._asdict(),
     }
+
+
+def _report(outputs: Mapping[int, Any]) -> None:
+    """Let the first output that leaves carry what was not yet counted.
+
+    No earlier: one that is held may never leave.
+    """
+    state = context.get()
+    for client_outputs in outputs.values():
+        for output in client_outputs.outputs:
+            told = (output.kv_transfer_params or {}).get(CARRIER_KEY)
+            if told is not None:
+                told["counted"] = dict(state.uncounted)
+                told["hook_seconds"] = list(state.hook_seconds)
+                state.uncounted.clear()
+                state.hook_seconds.clear()
+                return

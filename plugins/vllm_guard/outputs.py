@@ -38,6 +38,42 @@ def _process_outputs(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    first, *others = _cut_up(outputs)
+    result = _process_piece(original, processor, first, *args, **kwargs)
+    for piece in others:
+        more = _process_piece(original, processor, piece, *args, **kwargs)
+        result.request_outputs.extend(more.request_outputs)
+        result.reqs_to_abort.extend(more.reqs_to_abort)
+    return result
+
+
+def _cut_up(outputs: list[Any]) -> list[list[Any]]:
+    """Return outputs in pieces in which no request has two.
+
+    Held outputs leave together at the end of a request. A stop string may lie in the
+    first of them, and then its verdict is the last.
+    """
+    if not context.get().holds:
+        return [outputs]
+    pieces: list[list[Any]] = [[]]
+    names: set[str] = set()
+    for output in outputs:
+        if output.request_id in names:
+            pieces.append([])
+            names.clear()
+        pieces[-1].append(output)
+        names.add(output.request_id)
+    return pieces
+
+
+def _process_piece(
+    original: Callable[..., Any],
+    processor: Any,
+    outputs: list[Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Take the verdicts off outputs, one of each request, and let vLLM go on."""
     board = context.get_board()
     present = {}
     refused: list[str] = []

@@ -97,10 +97,9 @@ def expect_beginning(blocked: Answer, unblocked: Answer) -> None:
         delivered = len(choice.token_ids)
         assert delivered < len(whole.token_ids)
         assert choice.token_ids == whole.token_ids[:delivered]
-        # Under `echo` the prompt's come first, and none of a prompt that alarms.
+        # Under `echo` the prompt's come first, with the first token.
         echoed = max(len(whole.logprobs) - len(whole.token_ids), 0)
-        is_prompt = blocked.verdict(index)["stage"] == "prompt"
-        expected = [None] * echoed if is_prompt else whole.logprobs[:echoed]
+        expected = whole.logprobs[:echoed] if delivered else [None] * echoed
         expected += whole.logprobs[echoed : echoed + delivered]
         # A stream says nothing at all about a choice without tokens.
         if choice.logprobs or delivered:

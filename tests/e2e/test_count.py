@@ -16,8 +16,10 @@ POLICIES = [
     "held",
     "open",
     "middle-output",
+    "middle-output-hold-4",
     "cached",
     "cached-observed",
+    "open-hold-40",
     None,
 ]
 WANTED_TOKENS = 10_000

@@ -29,6 +29,7 @@ MOST_TOKENS = 512
 
 POLICIES = """\
   both:
+    hold_tokens: 6
     clamps:
       - {name: hold, sae: early, latents: [1, 2], law: ablate}
       - {name: lift, sae: early, latents: [5], law: set, value: 9.0,

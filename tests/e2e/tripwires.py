@@ -29,6 +29,8 @@ MAX_TOKENS = 24
 DRAFTED_OUTPUT = 8
 """Output token on which `drafted` lies: in the middle of the loop."""
 MIDDLE_OUTPUT = 5
+HOLDS = (1, 4, 40)
+"""Tokens that policies keep back; the last of them is more than an answer has."""
 LONG_POSITION = 50
 
 _OVERFLOW = 3e38
@@ -98,10 +100,16 @@ class Tripwires:
         return first + position
 
     def add_to(self, policies: str) -> str:
-        """Add two policies per tripwire to a policy file: NAME and NAME-observed."""
+        """Add policies per tripwire to a policy file.
+
+        NAME blocks, NAME-observed does not, and NAME-hold-N blocks and keeps N tokens
+        back; open-hold-N has no monitor that could block.
+        """
         body: dict[str, Any] = yaml.safe_load(policies)
+        holds = {f"-hold-{hold}": {"hold_tokens": hold} for hold in HOLDS}
+        kinds = {"": {}, "-observed": {"mode": "observe"}, **holds}
         for name in self.by_name:
-            for policy, mode in ((name, "enforce"), (f"{name}-observed", "observe")):
+            for suffix, settings in kinds.items():
                 monitor = {
                     "name": "tripwire",
                     "sae": "s",
@@ -110,7 +118,9 @@ class Tripwires:
                     "target_fpr": 0.5,
                     "on_alarm": "block",
                 }
-                body["policies"][policy] = {"mode": mode, "monitors": [monitor]}
+                policy = {**settings, "monitors": [monitor]}
+                body["policies"][f"{name}{suffix}"] = policy
+        body["policies"] |= {f"open{suffix}": holds[suffix] for suffix in holds}
         body["public_policies"] = [name for name in body["policies"] if name != "staff"]
         body["max_policies"] = 64
         return yaml.safe_dump(body, sort_keys=False)

@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from vllm.v1.engine import (
 )
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm_guard import admission, context, engine
+from vllm_guard.holding import Holding
 from vllm_guard.readings import CARRIER_KEY, RequestReadings
 from vllm_guard.rows import SLOT_KEY
 
@@ -278,12 +280,19 @@ def run_step(
 
 
 def start(
-    state: context.Context, *, prompt_length: int, policy: str = "default"
+    state: context.Context,
+    *,
+    prompt_length: int,
+    policy: str = "default",
+    hold: int = 0,
 ) -> FakeScheduler:
     request = make_request(
         ticket_for(policy, state.secret), prompt_length=prompt_length, max_tokens=8
     )
-    return FakeScheduler(FakeRequest(admit(request), prompt_length=prompt_length))
+    watched = admit(request)
+    if hold:
+        state.holds, watched.held = True, Holding(hold)
+    return FakeScheduler(FakeRequest(watched, prompt_length=prompt_length))
 
 
 def verdict_of(output: EngineCoreOutput) -> dict[str, Any]:
@@ -299,10 +308,11 @@ def test_no_token_sampled_at_or_after_an_alarm_leaves(
 ) -> None:
     """Token `100 + p` is what the row at position p samples."""
     prompt_length = data.draw(st.integers(1, 6))
+    hold = data.draw(st.sampled_from([0, 0, 1, 2, 5]))
     alarm = data.draw(st.none() | st.integers(0, 10))
     poison = data.draw(st.sampled_from([1e9, math.nan, math.inf]))
     scheduler, left, position, outputs = (
-        start(state, prompt_length=prompt_length),
+        start(state, prompt_length=prompt_length, hold=hold),
         [],
         0,
         [],
@@ -330,17 +340,103 @@ def test_no_token_sampled_at_or_after_an_alarm_leaves(
         left += [token for output in outputs for token in output.new_token_ids]
         position = last + accepted + 1
     end = position if alarm is None or alarm >= position else alarm
-    assert left == [100 + p for p in range(prompt_length - 1, end)]
     is_blocked = alarm is not None and alarm < position
     assert bool(scheduler.requests) is not is_blocked
+    whole = [100 + p for p in range(prompt_length - 1, end - hold)]
+    # Of a request that goes on, an output of several tokens is held as one.
+    assert left == whole[: None if is_blocked else len(left)]
+    assert hold or left == whole
     if alarm is not None and is_blocked:
-        (output,) = outputs
+        *earlier, output = outputs
+        assert not any(other.finish_reason for other in earlier)
         assert output.finish_reason is FinishReason.LENGTH
         assert output.stop_reason == engine.BLOCK_REASON
         verdict = verdict_of(output)
         assert verdict["action"] == "block"
         assert verdict["stage"] == ("prompt" if alarm < prompt_length else "output")
         assert verdict["tokens_seen"] == verdict["clamped_tokens"]["hold"] == alarm + 1
+
+
+def test_a_held_token_leaves_with_the_verdict_of_its_own_step(
+    state: context.Context,
+) -> None:
+    scheduler = start(state, prompt_length=2, hold=2)
+    assert run_step(scheduler, [1.0, 1.0], first=0, tokens=[7]) == []
+    assert run_step(scheduler, [1.0], first=2, tokens=[8]) == []
+    (output,) = run_step(scheduler, [1.0], first=3, tokens=[9])
+    assert output.new_token_ids == [7]
+    assert verdict_of(output)["tokens_seen"] == 2
+    (output,) = run_step(scheduler, [1.0], first=4, tokens=[10])
+    assert output.new_token_ids == [8]
+    assert verdict_of(output)["tokens_seen"] == 3
+    (output,) = run_step(scheduler, [1e9], first=5, tokens=[11])
+    assert output.new_token_ids == []
+    assert verdict_of(output)["tokens_seen"] == 6
+
+
+@pytest.mark.parametrize("ending", ["blocked", "aborted", "finished"])
+def test_what_was_counted_outlives_what_is_held(
+    state: context.Context, ending: str
+) -> None:
+    """The tokens of a request that never speaks are told with those of another."""
+    scheduler, outputs = start(state, prompt_length=2, hold=8), []
+    outputs += run_step(scheduler, [1.0, 1.0], first=0, tokens=[7])
+    state.hook_seconds.append(0.5)
+    outputs += run_step(scheduler, [1.0], first=2, tokens=[8])
+    assert outputs == []
+    if ending == "aborted":
+        scheduler.finish_requests({"r"}, None)
+    elif ending == "blocked":
+        outputs += run_step(scheduler, [1e9], first=3, tokens=[9])
+    else:
+        outputs += end_by_vllm(scheduler, FinishReason.ERROR)
+    outputs += run_step(start(state, prompt_length=1), [1.0], first=0, tokens=[9])
+    told = [
+        output.kv_transfer_params[CARRIER_KEY]
+        for output in outputs
+        if output.kv_transfer_params is not None
+    ]
+    counted = sum((Counter(progress["counted"]) for progress in told), Counter())
+    assert counted == {"prefill": 3, "decode": 1 + (ending == "blocked")}
+    assert [s for progress in told for s in progress["hook_seconds"]] == [0.5]
+
+
+def end_by_vllm(scheduler: FakeScheduler, reason: FinishReason) -> list[Any]:
+    """Let vLLM end a request in a step of which it is no part, as errors do."""
+
+    def end(scheduler: FakeScheduler, *_: Any) -> dict[int, EngineCoreOutputs]:
+        scheduler.finish_requests({"r"}, None)
+        output = EngineCoreOutput("r", [], finish_reason=reason)
+        return {0: EngineCoreOutputs(outputs=[output])}
+
+    scheduled = SimpleNamespace(num_scheduled_tokens={})
+    output = ModelRunnerOutput([], {}, [])
+    found = engine._update_from_output(end, scheduler, scheduled, output)
+    return list(found[0].outputs)
+
+
+def test_an_error_of_the_engine_delivers_what_was_held(state: context.Context) -> None:
+    scheduler = start(state, prompt_length=1, hold=8)
+    for position in range(3):
+        assert run_step(scheduler, [1.0], first=position, tokens=[position]) == []
+    outputs = end_by_vllm(scheduler, FinishReason.ERROR)
+    assert [output.new_token_ids for output in outputs] == [[0], [1], [2], []]
+    assert [verdict_of(output)["tokens_seen"] for output in outputs[:-1]] == [1, 2, 3]
+    assert outputs[-1].finish_reason is FinishReason.ERROR
+
+
+@pytest.mark.parametrize(
+    ("mode", "hold", "holds"),
+    [("enforce", 3, True), ("enforce", 0, False), ("observe", 3, False)],
+)
+def test_only_what_can_be_stopped_is_held(
+    state: context.Context, mode: str, hold: int, holds: bool
+) -> None:
+    policies = dict(state.policy_file.policies)
+    changed = {"mode": mode, "hold_tokens": hold}
+    policies["default"] = policies["default"].model_copy(update=changed)
+    state.policy_file = state.policy_file.model_copy(update={"policies": policies})
+    assert (admit(make_request()).held is not None) is holds
 
 
 def test_every_output_carries_the_running_verdict(state: context.Context) -> None:
