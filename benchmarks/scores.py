@@ -141,8 +141,8 @@ def make_call(guard: Guard, rows: int, *, device: str) -> Callable[[], object]:
     """Return one call of a guard on `rows` token rows; on a GPU a replayed graph."""
     generator = torch.Generator().manual_seed(1)
     d_model = guard.dictionaries[0].sae.d_model
-    dtype = torch.bfloat16
-    stream = torch.randn(rows, d_model, generator=generator).to(device, dtype)
+    stream = torch.randn(rows, d_model, generator=generator)
+    stream = stream.to(device, torch.bfloat16)
     residual = torch.zeros_like(stream)
     guard.step.clear()
     guard.step.rows_in[:rows, 0] = 1
@@ -195,6 +195,33 @@ def check_replay(guard: Guard, graph: Any, stream: torch.Tensor) -> None:
     if not (same and untouched and (clamped or len(stream) == 1)):
         message = f"A replay differs: {same=}, {untouched=}, {clamped=}."
         raise RuntimeError(message)
+
+
+@torch.inference_mode()
+def check_device(*, device: str) -> None:
+    """Check that a guard on a GPU says what it says on the CPU.
+
+    Raises:
+        RuntimeError: A stream or a score is further off than rounding explains.
+    """
+    found = {}
+    for place in ("cpu", device):
+        guard = make_guard(
+            list(SCORES), d_model=256, d_sae=2048, max_tokens=64, device=place
+        )
+        make_call(guard, 64, device="cpu" if place == "cpu" else device)
+        generator = torch.Generator().manual_seed(3)
+        stream = torch.randn(64, 256, generator=generator).to(place)
+        guard.step.clear()
+        guard.step.rows_in[:64, :2] = 1
+        guard(stream, None)
+        found[place] = stream.cpu(), guard.step.scores[:64].cpu()
+    for ours, theirs in zip(*found.values(), strict=True):
+        gap = ((ours - theirs).abs() / (1 + ours.abs())).max()
+        if not gap < 1e-2:
+            message = f"The device is off by {gap:.3g} from the CPU."
+            raise RuntimeError(message)
+        typer.echo(f"largest relative gap to the CPU: {gap:.3g}")
 
 
 def time_call(call: Callable[[], object], *, device: str) -> float:
@@ -263,6 +290,7 @@ def main(
     about = describe_run()
     if device == "cuda":
         about["machine"]["gpu"] = torch.cuda.get_device_name()
+        check_device(device=device)
     rows: list[Row] = []
     for name in shape or (["qwen2.5-0.5b"] if device == "cpu" else list(WIDTHS)):
         for count in (1, 8, 32, 512) if device == "cpu" else (1, 8, 32, 512, 2048):
