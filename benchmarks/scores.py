@@ -86,13 +86,15 @@ def make_guard(
     config = SaeConfig(
         architecture="jumprelu", d_model=d_model, d_sae=d_sae, hook_point=AT
     )
+    # Some fifty latents are active on a row of unit variance, and half of the clamped.
+    threshold = torch.full((d_sae,), 2.7)
+    threshold[:CLAMPED] = 0.0
     tensors = {
         "W_enc": decoder.T.contiguous(),
         "b_enc": torch.zeros(d_sae),
         "W_dec": decoder,
         "b_dec": torch.zeros(d_model),
-        # Some fifty latents are active on a row of unit variance.
-        "threshold": torch.full((d_sae,), 2.7),
+        "threshold": threshold,
     }
     monitors = [
         {
@@ -164,7 +166,13 @@ def make_call(guard: Guard, rows: int, *, device: str) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         call()
     check_replay(guard, graph, stream)
-    return graph.replay
+
+    def replay() -> None:
+        # What the graph reads and writes must live as long as it does.
+        assert guard is not None and stream is not None and residual is not None
+        graph.replay()
+
+    return replay
 
 
 @torch.inference_mode()
