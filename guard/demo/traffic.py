@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from guard.calibration import fit_calibration, save_calibration
-from guard.demo.dialogue import Batch, Edit, answers, edited, pad_left
+from guard.demo.dialogue import answers
 from guard.demo.grammar import Split, benign_prompts
 from guard.demo.measure import load_model, policy_edit
 from guard.demo.tokenizer import encode_prompt
 from guard.hook import HookPoint
 from guard.monitor import Activations
 from guard.policy import load_policy
+from guard.redteam.forward import Batch, Edit, edited, pad_left
 from guard.sae.load import load_sae
 
 if TYPE_CHECKING:
