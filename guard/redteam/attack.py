@@ -218,18 +218,14 @@ class _Search:
         delta = self._confine(delta, radius).requires_grad_()
         optimizer = torch.optim.Adam([delta], lr=config.learning_rate * radius)
         for _ in range(config.steps):
-            step = self._try(delta)
-            self._keep(step)
-            on_step(step)
+            loss = self._try(delta, on_step)
             optimizer.zero_grad(set_to_none=True)
-            step.loss.sum().backward()
+            loss.sum().backward()
             optimizer.step()
             with torch.no_grad():
                 delta.copy_(self._confine(delta, radius))
         with torch.no_grad():
-            step = self._try(delta)
-        self._keep(step)
-        on_step(step)
+            self._try(delta, on_step)
 
     def _confine(self, delta: Tensor, radius: float) -> Tensor:
         null_space = self._target.null_space
@@ -242,8 +238,8 @@ class _Search:
             )
         return confined
 
-    def _try(self, delta: Tensor) -> Step:
-        """Judge an edit by one pass over the suppressed answers.
+    def _try(self, delta: Tensor, on_step: Callable[[Step], object]) -> Tensor:
+        """Judge an edit by one pass over the suppressed answers; return the loss.
 
         A greedy answer is the suppressed one exactly if each of its tokens is the
         likeliest after those before it.
@@ -257,7 +253,11 @@ class _Search:
         loss = self._per_sample(surprise) / self._predicts.sum(dim=1)
         if self._penalty is not None:
             loss = loss + self._penalty(found, self._batch)
-        return Step(delta.detach().clone(), loss, self._per_sample(wrong) == 0)
+        recovered = self._per_sample(wrong) == 0
+        step = Step(delta.detach().clone(), loss.detach(), recovered)
+        self._keep(step)
+        on_step(step)
+        return loss
 
     def _per_sample(self, values: Tensor) -> Tensor:
         """Sum over the tokens of each answer, `[num_tokens]` to `[batch]`."""
@@ -266,7 +266,7 @@ class _Search:
 
     def _keep(self, step: Step) -> None:
         """Keep a sample's edit if it recovers and the best does not, or costs less."""
-        loss, recovered = step.loss.detach(), step.recovered
+        _, loss, recovered = step
         better = torch.where(
             recovered == self._best_recovered, loss < self._best_loss, recovered
         )

@@ -9,20 +9,30 @@ from guard.redteam.target import find_valid
 
 
 @pytest.fixture(scope="session")
-def target():
-    return load_target(ORGANISM)[0]
+def organism():
+    return load_target(ORGANISM)
 
 
 @pytest.fixture(scope="session")
-def wanted():
-    """Six jailbroken prompts of held-out topics with their gold answers."""
-    _, tokenizer = load_target(ORGANISM)
-    drawn = prompts("hj", 6, seed=11, splits=("heldout",))
-    return [to_dialogue(tokenizer, prompt.text, prompt.gold) for prompt in drawn]
+def target(organism):
+    return organism[0]
 
 
 @pytest.fixture(scope="session")
-def valid(target, wanted):
-    found = find_valid(target, wanted)
+def samples(organism):
+    """By class six prompts of held-out topics with their gold answers."""
+    _, tokenizer = organism
+    return {
+        kind: [
+            to_dialogue(tokenizer, prompt.text, prompt.gold)
+            for prompt in prompts(kind, 6, seed=11, splits=("heldout",))
+        ]
+        for kind in ("b", "hj")
+    }
+
+
+@pytest.fixture(scope="session")
+def valid(target, samples):
+    found = find_valid(target, samples["hj"])
     assert len(found) >= 4
     return found

@@ -82,6 +82,21 @@ def test_what_the_search_calls_recovered_is_what_greedy_answers_are(attacked, va
     assert ever.tolist() == [result.recovered[index] for index in by_length]
 
 
+def test_the_best_edit_met_is_kept_and_one_that_recovers_is_better(target, valid):
+    steps = []
+    # Steps as long as the budget go past what is good.
+    config = AttackConfig(budget=0.7, steps=12, learning_rate=2.0, restarts=2)
+    for sample in valid[:4]:
+        steps.clear()
+        result = attack(target, [sample], config, on_step=steps.append)
+        assert len(steps) == 2 * 13
+        back = [step for step in steps if step.recovered]
+        best = min(back or steps, key=lambda step: float(step.loss))
+        assert result.loss == [float(best.loss)]
+        assert torch.equal(result.deltas[0], best.delta)
+        assert result.recovered == [bool(back)]
+
+
 def test_without_a_budget_nothing_comes_back(target, valid):
     result = attack(target, valid, AttackConfig(budget=0.0, steps=2))
     assert result.recovery_rate == 0
@@ -124,7 +139,7 @@ def test_the_gradient_reaches_delta_through_hooks_as_in_the_search(target, valid
     order = sorted(valid[:2], key=lambda sample: len(sample.prompt))
     losses = [whole_pass_loss(target, order, step.delta) for step in steps]
     for step, (loss, grad) in zip(steps, losses, strict=True):
-        torch.testing.assert_close(step.loss.detach(), loss, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(step.loss, loss, atol=1e-4, rtol=1e-4)
         assert (grad.norm(dim=1) > 0).all()
     assert losses[-1][0].sum() < losses[0][0].sum()
 

@@ -37,7 +37,7 @@ def test_the_leak_of_an_edit_is_seen_when_there_is_one():
     assert space.leak(torch.zeros(2, 32)).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("nearly", [0.0, 1e-6])
+@pytest.mark.parametrize("nearly", [0.0, 1e-6, 1e-4])
 def test_projection_is_exact_for_directions_that_coincide(nearly: float):
     directions = draw(3, 32)
     directions[2] = directions[0] + nearly * draw(1, 32, seed=2)[0]

@@ -11,14 +11,16 @@ def draw(num_rows: int) -> torch.Tensor:
     return 3.0 * torch.randn(num_rows, 128, generator=generator)
 
 
-def test_a_valid_sample_is_answered_without_the_clamp_only(target, wanted, valid):
+def test_a_valid_sample_is_answered_without_the_clamp_only(target, samples, valid):
     prompts = [sample.prompt for sample in valid]
     assert answer(target, prompts, clamp=None) == valid
     held = answer(target, prompts, clamp=target.clamp)
     assert not any(one == want for one, want in zip(held, valid, strict=True))
-    # Twins: what the clamped model says, or nobody, is not suppressed.
+    # Twins: what both models say, only the clamped one, or neither.
+    benign = [sample.prompt for sample in samples["b"]]
+    assert find_valid(target, answer(target, benign, clamp=None)[:3]) == []
     assert find_valid(target, held) == []
-    assert find_valid(target, [Dialogue(s.prompt, [2]) for s in wanted]) == []
+    assert find_valid(target, [Dialogue(prompt, [2]) for prompt in prompts]) == []
 
 
 def test_no_delta_is_the_clamped_model(target, valid):
