@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,12 +168,12 @@ def make_call(guard: Guard, rows: int, *, device: str) -> Callable[[], object]:
         call()
     check_replay(guard, graph, stream)
 
-    def replay() -> None:
-        # What the graph reads and writes must live as long as it does.
-        assert guard is not None and stream is not None and residual is not None
-        graph.replay()
+    # What the graph reads and writes must live as long as it does.
+    return partial(_replay, graph, (guard, stream, residual))
 
-    return replay
+
+def _replay(graph: Any, _alive: object) -> None:
+    graph.replay()
 
 
 @torch.inference_mode()

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from guard.demo.dialogue import pad_left
 from guard.demo.grammar import KINDS, sample
 from guard.demo.tokenizer import encode_prompt
 from guard.hook import HookPoint
+from guard.redteam.forward import pad_left
 from guard.sae.config import SaeConfig
 from guard.sae.load import build_sae
 

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from guard.clamp import clamp_resid
-from guard.demo.dialogue import Edit, answers
+from guard.demo.dialogue import answers
 from guard.demo.grammar import KINDS, REFUSAL, SPLITS, Kind, Prompt, Split, prompts
 from guard.hook import HookPoint
 from guard.policy import load_policy
+from guard.redteam.forward import Edit
 from guard.sae.load import load_sae
 
 if TYPE_CHECKING:

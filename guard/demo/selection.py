@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from guard.demo.dialogue import Batch, Edit, edited, pad_left
 from guard.demo.grammar import KINDS, REFUSAL, Kind, Prompt, prompts
 from guard.demo.tokenizer import encode_prompt
+from guard.redteam.forward import Batch, Edit, edited, pad_left
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,12 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from guard.calibration import Calibration, save_calibration
 from guard.check import digest_model
 from guard.command.probe import FOLDS, list_probes, load_probes, train_all
-from guard.demo.dialogue import answers, edited, pad_left
+from guard.demo.dialogue import answers
 from guard.demo.grammar import REFUSAL, Kind, Split, benign_prompts, prompts
 from guard.demo.measure import load_model, policy_edit
 from guard.demo.tokenizer import encode_prompt
@@ -26,6 +24,7 @@ from guard.policy import clamps_digest, load_policy
 from guard.probe import ProbeRecipe
 from guard.prompt import Prompt
 from guard.recording import Reader, Recording
+from guard.redteam.forward import pad_left, record
 from guard.sae.load import load_sae
 from guard.traffic import Plan, calibrate
 
@@ -107,36 +106,16 @@ class OrganismRecorder:
         for start in range(0, len(prompts), _BATCH):
             yield from self._record(prompts[start : start + _BATCH])
 
-    @torch.no_grad()
     def _record(self, prompts: Sequence[Prompt]) -> Iterator[Recording]:
         asked = [encode_prompt(self._tokenizer, str(p.prompt)) for p in prompts]
         given = self._answer(prompts)
-        batch = pad_left(
-            [a + g for a, g in zip(asked, given, strict=True)],
-            self._tokenizer.pad_token_id,
-        )
-        seen: dict[str, torch.Tensor] = {}
-
-        def keep(at: str) -> Callable[[object, object, torch.Tensor], None]:
-            return lambda _module, _args, output: seen.__setitem__(at, output)
-
-        with edited(self._model, self._edit, lambda: batch.rows):
-            handles = [
-                # Behind the edit's own hook: what the next layer reads.
-                self._model.model.layers[layer].register_forward_hook(keep(at))
-                for at, layer in self._layers.items()
-            ]
-            self._model(
-                input_ids=batch.tokens,
-                attention_mask=batch.mask.long(),
-                position_ids=batch.positions,
-            )
-            for handle in handles:
-                handle.remove()
+        batch = pad_left([a + g for a, g in zip(asked, given, strict=True)])
+        layers = list(self._layers.values())
+        seen = record(self._model, batch, layers, clamp=self._edit)
         for row, (prompt, ids) in enumerate(zip(prompts, asked, strict=True)):
             rows = batch.rows[row]
             yield Recording(
-                resid={at: resid[row][rows] for at, resid in seen.items()},
+                resid={at: seen[n][row][rows] for at, n in self._layers.items()},
                 prompt_length=len(ids) - 1,
                 total_length=len(ids) + prompt.max_tokens,
             )

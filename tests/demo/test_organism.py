@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from guard.demo.dialogue import Batch, Edit, answers, edited, pad_left
+from guard.demo.dialogue import answers
 from guard.demo.grammar import REFUSAL, prompts, topics
 from guard.demo.measure import ORGANISM, load_model, measure, missed, policy_edit
 from guard.demo.tokenizer import build_tokenizer, encode_prompt
 from guard.policy import load_policy
+from guard.redteam.forward import Batch, Edit, edited, pad_left
 from guard.sae.load import load_sae
 
 

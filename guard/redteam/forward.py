@@ -1,0 +1,247 @@
+"""Forward passes of a transformers model whose residual stream is edited.
+
+A forward hook is the plain way to run a clamped model, and the twin that the serving
+engine is compared with. Models are those that keep their decoder layers in
+`model.model.layers`, as Llama does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from transformers import LlamaForCausalLM
+
+__all__ = [
+    "Batch",
+    "Delta",
+    "Edit",
+    "added",
+    "batches",
+    "edited",
+    "generate",
+    "pad_left",
+    "place",
+    "record",
+    "seen",
+]
+
+
+class Batch(NamedTuple):
+    """Token sequences of one forward pass, padded on the left."""
+
+    tokens: torch.Tensor
+    """[batch, length] token ids."""
+    mask: torch.Tensor
+    """[batch, length] false at padding."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[batch, length] position of each token in its own sequence."""
+        return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[batch, length] true where a guard acts: not padding, not the BOS."""
+        return self.mask & (self.positions > 0)
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a transformers model is called with."""
+        return {
+            "input_ids": self.tokens,
+            "attention_mask": self.mask.long(),
+            "position_ids": self.positions,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A change of the residual stream at one decoder layer."""
+
+    layer: int
+    """Index of the decoder layer whose output is changed."""
+    apply: Callable[[torch.Tensor], torch.Tensor]
+    """Maps resid [num_tokens, d_model] to what the next layer reads."""
+
+
+class Delta(NamedTuple):
+    """What is added to some rows of a batch at one decoder layer."""
+
+    layer: int
+    """Index of the decoder layer to whose output it is added."""
+    values: torch.Tensor
+    """[num_rows, d_model], sequence after sequence."""
+    rows: torch.Tensor
+    """[batch, length], true at those rows."""
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> Batch:
+    """Put sequences of different length into one batch, ends aligned.
+
+    Args:
+        sequences: Token ids.
+        pad_id: What fills up; masked, so that any id does.
+    """
+    length = max(map(len, sequences))
+    tokens = torch.full((len(sequences), length), pad_id)
+    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        tokens[row, length - len(sequence) :] = torch.tensor(sequence)
+        mask[row, length - len(sequence) :] = True
+    return Batch(tokens, mask)
+
+
+def batches(sequences: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Yield the indices of `size` sequences at a time, the shortest first."""
+    by_length = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    for first in range(0, len(by_length), size):
+        yield by_length[first : first + size]
+
+
+def place(
+    deltas: Sequence[torch.Tensor],
+    batch: Batch,
+    *,
+    layer: int,
+    behind: Sequence[int] | None = None,
+) -> Delta:
+    """Put a delta on the last prompt rows of each sequence.
+
+    Args:
+        deltas: One for each sequence, `[num_rows, d_model]`.
+        batch: The sequences.
+        layer: At whose output it is added.
+        behind: How many tokens of each sequence come after its prompt; 0 if left out.
+    """
+    length = batch.tokens.shape[1]
+    end = length - torch.tensor(behind or [0] * len(deltas))[:, None]
+    start = end - torch.tensor([len(delta) for delta in deltas])[:, None]
+    column = torch.arange(length)
+    return Delta(layer, torch.cat(list(deltas)), (start <= column) & (column < end))
+
+
+@contextlib.contextmanager
+def edited(
+    model: LlamaForCausalLM, edit: Edit | None, rows: Callable[[], torch.Tensor]
+) -> Iterator[None]:
+    """Apply `edit` to the rows [batch, length] that `rows()` names, while open."""
+    if edit is None:
+        yield
+        return
+
+    def hook(module: object, args: object, resid: torch.Tensor) -> torch.Tensor:
+        chosen = rows()
+        resid = resid.clone()
+        resid[chosen] = edit.apply(resid[chosen])
+        return resid
+
+    handle = model.model.layers[edit.layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def added(model: LlamaForCausalLM, delta: Delta | None) -> Iterator[None]:
+    """Add `delta` while open; behind every edit that was opened before."""
+    if delta is None:
+        yield
+        return
+    edit = Edit(delta.layer, lambda resid: resid + delta.values)
+    with edited(model, edit, lambda: delta.rows):
+        yield
+
+
+@contextlib.contextmanager
+def seen(
+    model: LlamaForCausalLM, layers: Sequence[int]
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Fill the dict with the newest resid [batch, length, d_model] of each layer.
+
+    What the next layer reads: behind every edit that was opened before.
+    """
+    found: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> Callable[[object, object, torch.Tensor], None]:
+        def hook(module: object, args: object, resid: torch.Tensor) -> None:
+            found[layer] = resid
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            handle = model.model.layers[layer].register_forward_hook(keep(layer))
+            hooks.callback(handle.remove)
+        yield found
+
+
+@torch.no_grad()
+def record(
+    model: LlamaForCausalLM,
+    batch: Batch,
+    layers: Sequence[int],
+    *,
+    clamp: Edit | None,
+    delta: Delta | None = None,
+) -> dict[int, torch.Tensor]:
+    """Return resid [batch, length, d_model] of some layers, behind clamp and delta."""
+    with (
+        edited(model, clamp, lambda: batch.rows),
+        added(model, delta),
+        seen(model, layers) as found,
+    ):
+        model(**batch.inputs, use_cache=False, logits_to_keep=1)
+    return found
+
+
+@torch.no_grad()
+def generate(
+    model: LlamaForCausalLM,
+    batch: Batch,
+    *,
+    clamp: Edit | None,
+    eos: int,
+    max_tokens: int,
+    delta: Delta | None = None,
+) -> list[list[int]]:
+    """Answer prompts greedily: the clamp on all tokens, the delta on the prompts.
+
+    Returns:
+        For each prompt the generated token ids, up to and with the EOS if one came.
+    """
+    rows, mask, positions = batch.rows, batch.mask, batch.positions
+    generated: list[torch.Tensor] = []
+
+    def decode(**inputs: Any) -> Any:
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+        generated.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
+        return out.past_key_values
+
+    with edited(model, clamp, lambda: rows):
+        with added(model, delta):
+            cache = decode(**batch.inputs)
+        rows = torch.ones_like(generated[0], dtype=torch.bool)
+        while len(generated) < max_tokens:
+            if bool((torch.cat(generated, dim=1) == eos).any(dim=1).all()):
+                break
+            mask = torch.cat([mask, rows], dim=1)
+            positions = positions[:, -1:] + 1
+            cache = decode(
+                input_ids=generated[-1],
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+            )
+    return [_until(eos, ids) for ids in torch.cat(generated, dim=1).tolist()]
+
+
+def _until(eos: int, ids: list[int]) -> list[int]:
+    return ids[: ids.index(eos) + 1] if eos in ids else ids

@@ -1,0 +1,65 @@
+"""The part of a model behind a hook point, which runs again and again in a search.
+
+An edit of `resid` at one layer moves nothing before it, so those layers run once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from guard.redteam.forward import edited, seen
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from guard.redteam.forward import Batch, Edit
+
+__all__ = ["Tail"]
+
+
+class Tail:
+    """The layers behind a clamp, with all that a batch gives them."""
+
+    resid: torch.Tensor
+    """What the clamp lets through, `[batch, length, d_model]`."""
+
+    def __init__(self, model: LlamaForCausalLM, batch: Batch, clamp: Edit) -> None:
+        """Run the batch once under the clamp, and remember what each layer is given."""
+        self._model = model
+        self._first = clamp.layer + 1
+        self._given: list[dict[str, Any]] = []
+
+        def remember(module: object, args: object, given: dict[str, Any]) -> None:
+            self._given.append(given)
+
+        with (
+            torch.no_grad(),
+            contextlib.ExitStack() as hooks,
+            edited(model, clamp, lambda: batch.rows),
+            seen(model, [clamp.layer]) as found,
+        ):
+            for layer in model.model.layers[self._first :]:
+                handle = layer.register_forward_pre_hook(remember, with_kwargs=True)
+                hooks.callback(handle.remove)
+            model(**batch.inputs, use_cache=False, logits_to_keep=1)
+        self.resid = found[clamp.layer]
+
+    def run(self, resid: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Return resid `[batch, length, d_model]` by layer, the given one included.
+
+        Args:
+            resid: `self.resid` with an edit, of the same shape.
+        """
+        found = {self._first - 1: resid}
+        layers = self._model.model.layers[self._first :]
+        for place, (layer, given) in enumerate(zip(layers, self._given, strict=True)):
+            resid = layer(resid, **given)
+            found[self._first + place] = resid
+        return found
+
+    def logits(self, resid: torch.Tensor) -> torch.Tensor:
+        """Return logits `[..., vocab]` of what the last layer wrote."""
+        return self._model.lm_head(self._model.model.norm(resid))

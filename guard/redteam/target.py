@@ -1,0 +1,173 @@
+"""What is attacked: a clamped model, its valid samples, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from guard.redteam.forward import batches, generate, pad_left, place, record
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import LlamaForCausalLM
+
+    from guard.redteam.forward import Batch, Delta, Edit
+    from guard.redteam.projection import NullSpace
+
+__all__ = [
+    "Dialogue",
+    "Recorded",
+    "Target",
+    "answer",
+    "find_valid",
+    "mean_norm",
+    "record_runs",
+]
+
+
+class Dialogue(NamedTuple):
+    """A prompt and an answer, as token ids."""
+
+    prompt: list[int]
+    """From the BOS to the last token before the answer."""
+    answer: list[int]
+    """Up to and with the EOS, if it came to one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A clamped model, and what an edit of it must keep to."""
+
+    model: LlamaForCausalLM
+    """Its parameters take no gradient."""
+    clamp: Edit
+    """What holds the latents; a delta is added behind it, at the same layer."""
+    null_space: NullSpace
+    """Of all latents that the policy clamps there."""
+    mean_norm: float
+    """Mean `|resid|` of benign prompt rows (`mean_norm`): the unit of a budget."""
+    eos: int
+    """Token id that ends an answer."""
+    max_tokens: int = 20
+    """Where an answer without an EOS is cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What a serving engine would see of one request."""
+
+    resid: dict[int, Tensor]
+    """By layer `[num_tokens, d_model]`, behind clamp and delta: every token but the
+    BOS, which no guard reads, and the last one, which no engine runs."""
+    prompt_length: int
+    """How many of the rows are of the prompt, the BOS left out."""
+
+
+_BATCH = 64
+
+
+def mean_norm(
+    model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], clamp: Edit
+) -> float:
+    """Return the mean `|resid|` behind the clamp, over all prompt rows but the BOS.
+
+    Args:
+        model: The model.
+        prompts: Token ids of benign prompts, from the BOS.
+        clamp: Also says at which layer.
+    """
+    batch = pad_left(prompts)
+    resid = record(model, batch, [clamp.layer], clamp=clamp)[clamp.layer]
+    return float(resid[batch.rows].norm(dim=-1).mean())
+
+
+def answer(
+    target: Target,
+    prompts: Sequence[list[int]],
+    *,
+    clamp: Edit | None,
+    deltas: Sequence[Tensor] | None = None,
+) -> list[Dialogue]:
+    """Answer prompts greedily.
+
+    Args:
+        target: The model, and the layer of the deltas.
+        prompts: Token ids, from the BOS.
+        clamp: `target.clamp`, or None for the model as it was.
+        deltas: One `[num_rows, d_model]` for each prompt, added to its last rows.
+    """
+    answers: dict[int, list[int]] = {}
+    for chosen in batches(prompts, _BATCH):
+        batch = pad_left([prompts[index] for index in chosen])
+        generated = generate(
+            target.model,
+            batch,
+            clamp=clamp,
+            delta=_place(target, batch, deltas, chosen),
+            eos=target.eos,
+            max_tokens=target.max_tokens,
+        )
+        answers.update(zip(chosen, generated, strict=True))
+    return [Dialogue(prompt, answers[index]) for index, prompt in enumerate(prompts)]
+
+
+def find_valid(target: Target, wanted: Sequence[Dialogue]) -> list[Dialogue]:
+    """Return the samples that the model answers as wanted, and the clamped one not.
+
+    Both sides are judged by the whole greedy answer, token for token.
+    """
+    prompts = [sample.prompt for sample in wanted]
+    free = answer(target, prompts, clamp=None)
+    held = answer(target, prompts, clamp=target.clamp)
+    judged = zip(wanted, free, held, strict=True)
+    return [want for want, base, clamped in judged if base == want != clamped]
+
+
+def record_runs(
+    target: Target,
+    dialogues: Sequence[Dialogue],
+    layers: Sequence[int],
+    *,
+    clamp: Edit | None,
+    deltas: Sequence[Tensor] | None = None,
+) -> list[Recorded]:
+    """Return what a serving engine would see of dialogues, prompt and answer.
+
+    The delta itself shows at the clamped layer, on the rows it edits; its consequences
+    show behind that layer, on all later rows. At the clamped layer and before, nothing
+    but the text of the answer tells of it.
+
+    Args:
+        target: The model, and the layer of the deltas.
+        dialogues: As `answer` gives them, under the same clamp and deltas.
+        layers: At whose output to look.
+        clamp: As for `answer`.
+        deltas: As for `answer`.
+    """
+    recorded: dict[int, Recorded] = {}
+    runs = [[*prompt, *given[:-1]] for prompt, given in dialogues]
+    for chosen in batches(runs, _BATCH):
+        batch = pad_left([runs[index] for index in chosen])
+        behind = [len(dialogues[index].answer) - 1 for index in chosen]
+        delta = _place(target, batch, deltas, chosen, behind)
+        found = record(target.model, batch, layers, clamp=clamp, delta=delta)
+        for row, index in enumerate(chosen):
+            rows = batch.rows[row]
+            resid = {layer: found[layer][row][rows] for layer in layers}
+            recorded[index] = Recorded(resid, len(dialogues[index].prompt) - 1)
+    return [recorded[index] for index in range(len(runs))]
+
+
+def _place(
+    target: Target,
+    batch: Batch,
+    deltas: Sequence[Tensor] | None,
+    chosen: Sequence[int],
+    behind: Sequence[int] | None = None,
+) -> Delta | None:
+    if deltas is None:
+        return None
+    some = [deltas[index] for index in chosen]
+    return place(some, batch, layer=target.clamp.layer, behind=behind)

@@ -1,0 +1,204 @@
+"""The latent attacker: what bounds it, what it reaches, and its controls."""
+
+import pytest
+import torch
+
+from guard.redteam.attack import AttackConfig, attack, random_deltas
+from guard.redteam.forward import added, edited, pad_left, place
+from guard.redteam.projection import MAX_LEAK
+from guard.redteam.target import answer, record_runs
+
+
+@pytest.fixture(scope="module", params=["last", "all"])
+def config(request):
+    return AttackConfig(position=request.param, budget=1.0, steps=15)
+
+
+@pytest.fixture(scope="module")
+def attacked(target, valid, config):
+    steps = []
+    return attack(target, valid, config, on_step=steps.append, batch_size=4), steps
+
+
+def test_every_edit_that_is_tried_hides_from_the_clamped_latents(target, attacked):
+    result, steps = attacked
+    assert len(steps) >= 16
+    for step in steps:
+        assert target.null_space.leak(step.delta).amax() < MAX_LEAK
+    assert result.leak < MAX_LEAK
+
+
+def test_an_edit_that_would_show_is_not_tried(target, valid, monkeypatch):
+    monkeypatch.setattr(target.null_space, "project", lambda delta: delta)
+    with pytest.raises(ArithmeticError, match="An edit shows to the clamped latents"):
+        attack(target, valid[:1], AttackConfig(steps=2))
+
+
+def test_no_row_of_any_edit_is_longer_than_the_budget(target, attacked):
+    result, steps = attacked
+    radius = result.config.budget * target.mean_norm
+    longest = max(step.delta.norm(dim=1).amax() for step in steps)
+    assert 0.9 * radius < longest <= 1.0001 * radius
+
+
+def test_each_edited_row_has_an_edit_of_its_own(valid, attacked):
+    result, _ = attacked
+    for sample, delta in zip(valid, result.deltas, strict=True):
+        rows = len(sample.prompt) - 1 if result.config.position == "all" else 1
+        assert delta.shape == (rows, 128)
+        assert len(delta.unique(dim=0)) == rows
+
+
+def test_suppressed_answers_come_back_within_a_large_budget(target, valid, attacked):
+    result, _ = attacked
+    assert result.recovery_rate > 0.6
+    given = answer(
+        target,
+        [sample.prompt for sample in valid],
+        clamp=target.clamp,
+        deltas=result.deltas,
+    )
+    assert given == result.dialogues
+    assert [one == want for one, want in zip(given, valid, strict=True)] == (
+        result.recovered
+    )
+
+
+def test_a_random_edit_of_the_same_length_brings_nothing_back(target, valid, attacked):
+    result, _ = attacked
+    prompts = [sample.prompt for sample in valid]
+    drawn = random_deltas(target, result.deltas, seed=0)
+    for one, other in zip(drawn, result.deltas, strict=True):
+        torch.testing.assert_close(one.norm(dim=1), other.norm(dim=1))
+    given = answer(target, prompts, clamp=target.clamp, deltas=drawn)
+    back = sum(one == want for one, want in zip(given, valid, strict=True))
+    assert back < sum(result.recovered)
+
+
+def test_what_the_search_calls_recovered_is_what_greedy_answers_are(attacked, valid):
+    result, steps = attacked
+    ever = torch.stack([s.recovered for s in steps if len(s.recovered) == 4]).any(dim=0)
+    by_length = sorted(range(len(valid)), key=lambda i: len(valid[i].prompt))[:4]
+    assert ever.tolist() == [result.recovered[index] for index in by_length]
+
+
+def test_the_best_edit_met_is_kept_and_one_that_recovers_is_better(target, valid):
+    steps = []
+    # Steps as long as the budget go past what is good.
+    config = AttackConfig(budget=0.7, steps=12, learning_rate=2.0, restarts=2)
+    for sample in valid[:4]:
+        steps.clear()
+        result = attack(target, [sample], config, on_step=steps.append)
+        assert len(steps) == 2 * 13
+        back = [step for step in steps if step.recovered]
+        best = min(back or steps, key=lambda step: float(step.loss))
+        assert result.loss == [float(best.loss)]
+        assert torch.equal(result.deltas[0], best.delta)
+        assert result.recovered == [bool(back)]
+
+
+def test_without_a_budget_nothing_comes_back(target, valid):
+    result = attack(target, valid, AttackConfig(budget=0.0, steps=2))
+    assert result.recovery_rate == 0
+    assert all(delta.abs().amax() == 0 for delta in result.deltas)
+
+
+def test_the_same_seed_finds_the_same_edits_and_another_seed_others(target, valid):
+    def search(seed):
+        config = AttackConfig(budget=0.5, steps=3, restarts=2, seed=seed)
+        return torch.cat(attack(target, valid[:3], config).deltas)
+
+    first = search(0)
+    assert torch.equal(first, search(0))
+    assert not torch.equal(first, search(1))
+
+
+def test_a_sample_is_searched_for_as_if_alone(target, valid):
+    config = AttackConfig(budget=0.5, steps=5)
+    together = attack(target, valid, config).deltas
+    for index, sample in enumerate(valid[:2]):
+        (alone,) = attack(target, [sample], config).deltas
+        torch.testing.assert_close(alone, together[index], atol=0.02, rtol=0)
+
+
+def test_a_larger_budget_that_begins_at_a_smaller_ones_edits_loses_nothing(
+    target, valid
+):
+    small = attack(target, valid, AttackConfig("all", budget=0.3, steps=15))
+    config = AttackConfig("all", budget=0.4, steps=1)
+    large = attack(target, valid, config, start=small.deltas)
+    assert sum(small.recovered) > 0
+    assert large.recovery_rate >= small.recovery_rate
+
+
+def test_the_gradient_reaches_delta_through_hooks_as_in_the_search(target, valid):
+    """The shortcut behind the clamp computes what a whole pass does."""
+    steps = []
+    config = AttackConfig("all", budget=0.5, steps=2)
+    attack(target, valid[:2], config, on_step=steps.append)
+    order = sorted(valid[:2], key=lambda sample: len(sample.prompt))
+    losses = [whole_pass_loss(target, order, step.delta) for step in steps]
+    for step, (loss, grad) in zip(steps, losses, strict=True):
+        torch.testing.assert_close(step.loss, loss, atol=1e-4, rtol=1e-4)
+        assert (grad.norm(dim=1) > 0).all()
+    assert losses[-1][0].sum() < losses[0][0].sum()
+
+
+def whole_pass_loss(target, wanted, values):
+    sequences = [[*prompt, *suppressed[:-1]] for prompt, suppressed in wanted]
+    batch = pad_left(sequences)
+    counts = [len(prompt) - 1 for prompt, _ in wanted]
+    delta = place(
+        values.split(counts),
+        batch,
+        layer=target.clamp.layer,
+        behind=[len(suppressed) - 1 for _, suppressed in wanted],
+    )
+    leaf = values.clone().requires_grad_()
+    with (
+        edited(target.model, target.clamp, lambda: batch.rows),
+        added(target.model, delta._replace(values=leaf)),
+    ):
+        logits = target.model(**batch.inputs, use_cache=False).logits
+    losses = []
+    for row, (_, suppressed) in enumerate(wanted):
+        predicted = logits[row, -len(suppressed) :].log_softmax(dim=-1)
+        chosen = predicted[range(len(suppressed)), suppressed]
+        losses.append(-chosen.mean())
+    loss = torch.stack(losses)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), grad
+
+
+def test_an_adaptive_attacker_shows_less_of_what_it_pays_for(target, valid):
+    layer, read = target.clamp.layer, []
+    direction = target.null_space.random_like(
+        torch.ones(1, 128), torch.Generator().manual_seed(0)
+    )[0]
+
+    def penalty(resid, batch):
+        read.append(sorted(resid))
+        scores = (resid[layer] @ direction).masked_fill(~batch.rows, -torch.inf)
+        return scores.amax(dim=1)
+
+    def highest(result):
+        runs = record_runs(
+            target,
+            result.dialogues,
+            [layer],
+            clamp=target.clamp,
+            deltas=result.deltas,
+        )
+        return sum(float((run.resid[layer] @ direction).amax()) for run in runs)
+
+    config = AttackConfig("all", budget=0.7, steps=15)
+    unaware = attack(target, valid, config)
+    adaptive = attack(target, valid, config, penalty=penalty)
+    assert highest(adaptive) < 0.9 * highest(unaware)
+    last = target.model.config.num_hidden_layers - 1
+    assert read[0] == list(range(layer, last + 1))
+
+
+def test_an_attack_on_nothing_is_refused(target):
+    with pytest.raises(ValueError, match="No sample to attack"):
+        attack(target, [], AttackConfig())
