@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from guard.hook import HookPoint
+from guard.recording import Recording
 from guard.redteam.forward import batches, generate, pad_left, place, record
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Dialogue",
-    "Recorded",
     "Target",
     "answer",
     "find_valid",
@@ -52,17 +53,6 @@ class Target:
     """Token id that ends an answer."""
     max_tokens: int = 20
     """Where an answer without an EOS is cut."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """What a serving engine would see of one request."""
-
-    resid: dict[int, Tensor]
-    """By layer `[num_tokens, d_model]`, behind clamp and delta: every token but the
-    BOS, which no guard reads, and the last one, which no engine runs."""
-    prompt_length: int
-    """How many of the rows are of the prompt, the BOS left out."""
 
 
 _BATCH = 64
@@ -132,7 +122,7 @@ def record_runs(
     *,
     clamp: Edit | None,
     deltas: Sequence[Tensor] | None = None,
-) -> list[Recorded]:
+) -> list[Recording]:
     """Return what a serving engine would see of dialogues, prompt and answer.
 
     The delta itself shows at the clamped layer, on the rows it edits; its consequences
@@ -146,7 +136,7 @@ def record_runs(
         clamp: As for `answer`.
         deltas: As for `answer`.
     """
-    recorded: dict[int, Recorded] = {}
+    recorded: dict[int, Recording] = {}
     runs = [[*prompt, *given[:-1]] for prompt, given in dialogues]
     for chosen in batches(runs, _BATCH):
         batch = pad_left([runs[index] for index in chosen])
@@ -155,8 +145,9 @@ def record_runs(
         found = record(target.model, batch, layers, clamp=clamp, delta=delta)
         for row, index in enumerate(chosen):
             rows = batch.rows[row]
-            resid = {layer: found[layer][row][rows] for layer in layers}
-            recorded[index] = Recorded(resid, len(dialogues[index].prompt) - 1)
+            resid = {str(HookPoint(n)): found[n][row][rows] for n in layers}
+            asked = len(dialogues[index].prompt)
+            recorded[index] = Recording(resid, asked - 1, asked + target.max_tokens)
     return [recorded[index] for index in range(len(runs))]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from guard.hook import HookPoint
 from guard.redteam.attack import AttackConfig, attack, random_deltas
 from guard.redteam.forward import added, edited, pad_left, place
 from guard.redteam.projection import MAX_LEAK
@@ -189,7 +190,8 @@ def test_an_adaptive_attacker_shows_less_of_what_it_pays_for(target, valid):
             clamp=target.clamp,
             deltas=result.deltas,
         )
-        return sum(float((run.resid[layer] @ direction).amax()) for run in runs)
+        at = str(HookPoint(layer))
+        return sum(float((run.resid[at] @ direction).amax()) for run in runs)
 
     config = AttackConfig("all", budget=0.7, steps=15)
     unaware = attack(target, valid, config)

@@ -2,6 +2,7 @@
 
 import torch
 
+from guard.hook import HookPoint
 from guard.redteam.forward import pad_left, record
 from guard.redteam.target import Dialogue, answer, find_valid, record_runs
 
@@ -43,7 +44,11 @@ def test_a_run_is_recorded_as_an_engine_computes_it(target, valid):
         for layer in layers:
             seen = engine_resid(target, prompt, given, delta, layer)
             assert len(seen) == len(prompt) - 1 + len(given) - 1
-            torch.testing.assert_close(run.resid[layer], seen, atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(run.resid[at(layer)], seen, atol=1e-3, rtol=1e-4)
+
+
+def at(layer):
+    return str(HookPoint(layer))
 
 
 def engine_resid(target, prompt, given, delta, layer):
@@ -73,25 +78,25 @@ def engine_resid(target, prompt, given, delta, layer):
 
 
 def test_a_delta_shows_on_its_rows_and_on_later_rows_of_later_layers(target, valid):
-    at, delta = target.clamp.layer, draw(1)
-    layers = [at - 1, at, at + 1]
+    hooked, delta = target.clamp.layer, draw(1)
+    layers = [hooked - 1, hooked, hooked + 1]
     runs = [
         record_runs(target, valid[:1], layers, clamp=target.clamp, deltas=deltas)[0]
         for deltas in (None, [delta])
     ]
-    still, moved = (run.resid for run in runs)
+    still, moved = ({n: run.resid[at(n)] for n in layers} for run in runs)
     last = runs[0].prompt_length - 1
     changed = {
         layer: (moved[layer] - still[layer]).abs().amax(dim=1) > 1e-4
         for layer in layers
     }
-    assert not changed[at - 1].any()
-    assert changed[at].nonzero().flatten().tolist() == [last]
+    assert not changed[hooked - 1].any()
+    assert changed[hooked].nonzero().flatten().tolist() == [last]
     torch.testing.assert_close(
-        (moved[at] - still[at])[last], delta[0], atol=1e-4, rtol=0
+        (moved[hooked] - still[hooked])[last], delta[0], atol=1e-4, rtol=0
     )
-    assert not changed[at + 1][:last].any()
-    assert changed[at + 1][last:].all()
+    assert not changed[hooked + 1][:last].any()
+    assert changed[hooked + 1][last:].all()
 
 
 def test_without_deltas_and_clamp_a_run_is_the_plain_model(target, valid):
@@ -99,4 +104,4 @@ def test_without_deltas_and_clamp_a_run_is_the_plain_model(target, valid):
     prompt, given = valid[0]
     batch = pad_left([[*prompt, *given[:-1]]])
     plain = record(target.model, batch, [5], clamp=None)[5][0, 1:]
-    torch.testing.assert_close(run.resid[5], plain)
+    torch.testing.assert_close(run.resid[at(5)], plain)
