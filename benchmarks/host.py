@@ -30,8 +30,9 @@ from vllm_guard import admission, context, engine, outputs, runner_v1
 from vllm_guard.rows import SLOT_KEY, StepRows
 
 from benchmarks.provenance import ROOT, describe_run
-from benchmarks.shape import write_monitors
+from benchmarks.shape import MONITORS, write_calibration
 from guard.pipeline import StepBuffers
+from guard.policy import load_policy
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
 
@@ -100,7 +101,7 @@ def enter(folder: Path, policies: int) -> context.Context:
             {"name": f"c{i}", "sae": "s", "latents": [i], "law": "ablate"}
             for i in (1, 2)
         ],
-        "monitors": write_monitors(folder, source=source, d_model=64),
+        "monitors": MONITORS,
     }
     content = {
         "version": 1,
@@ -110,6 +111,7 @@ def enter(folder: Path, policies: int) -> context.Context:
     }
     path = folder / "policy.yaml"
     path.write_text(json.dumps(content), encoding="utf-8")
+    write_calibration(load_policy(path), d_model=64, provenance={})
     context.reset()
     os.environ[context.POLICY_VARIABLE] = str(path)
     context.enter()

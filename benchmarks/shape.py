@@ -10,12 +10,22 @@ import torch
 import yaml
 
 from benchmarks.provenance import ROOT
-from guard.calibration import Calibration, save_calibration
+from guard.calibration import Calibration, Entry, save_calibration
+from guard.check import digest_model
+from guard.policy import PolicyFile, clamps_digest, load_policy
 from guard.sae.config import SaeConfig
 from guard.sae.load import save_sae, weights_digest
+from guard.score import RANK, SCORES
 from guard.testing import make_toy_model, save_toy_sae
 
-__all__ = ["IDLE_POLICY", "Shape", "make_dummy_shape", "make_organism_shape"]
+__all__ = [
+    "IDLE_POLICY",
+    "MONITORS",
+    "Shape",
+    "make_dummy_shape",
+    "make_organism_shape",
+    "write_calibration",
+]
 
 IDLE_POLICY = "open"
 """Name of the policy without clamps and monitors, in every policy file."""
@@ -40,6 +50,18 @@ _QWEN = {  # https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json
     "eos_token_id": 151643,
     "torch_dtype": "bfloat16",
 }
+MONITORS = [
+    {
+        "name": score,
+        "sae": "s",
+        "score": score,
+        "calibration": "calibration.safetensors",
+        "target_fpr": 0.01,
+        "on_alarm": "flag",
+    }
+    for score in ("density", "error_norm")
+]
+"""Of the SAE `s`, in the policy file of the variant with monitors."""
 _DUMMY_NORM = 1e-3 / math.sqrt(3) * math.sqrt(_D_MODEL)
 """Norm of `resid` under vLLM's dummy weights, uniform in [-1e-3, 1e-3]: that of an
 embedding, for every layer's output is a thousand times smaller."""
@@ -181,6 +203,7 @@ def _make_shape(
         },
         d_model=cfg["d_model"],
         latents=latents,
+        origin={"model_digest": digest_model(model), "dtype": dtype},
     )
     return Shape(
         name=name,
@@ -210,14 +233,18 @@ def _count_forward(config: dict[str, Any]) -> tuple[int, int]:
 
 
 def _write_policies(
-    folder: Path, *, source: dict[str, str], d_model: int, latents: tuple[int, ...]
+    folder: Path,
+    *,
+    source: dict[str, str],
+    d_model: int,
+    latents: tuple[int, ...],
+    origin: dict[str, str],
 ) -> dict[str, Path]:
     """Write one policy file with the clamp, and one with the monitors as well."""
     clamp = {"name": "c", "sae": "s", "latents": list(latents), "law": "ablate"}
-    monitors = write_monitors(folder, source=source, d_model=d_model)
     files = {"clamp": folder / "clamp.yaml", "monitor": folder / "monitor.yaml"}
     for variant, file in files.items():
-        watched = monitors if variant == "monitor" else []
+        watched = MONITORS if variant == "monitor" else []
         policies = {
             "default": {"mode": "enforce", "clamps": [clamp], "monitors": watched},
             IDLE_POLICY: {"mode": "enforce", "clamps": [], "monitors": []},
@@ -230,41 +257,61 @@ def _write_policies(
             "public_policies": list(policies),
         }
         file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    write_calibration(load_policy(files["monitor"]), d_model=d_model, provenance=origin)
     return files
 
 
-def write_monitors(
-    folder: Path, *, source: dict[str, str], d_model: int
-) -> list[dict[str, Any]]:
-    """Calibrate both scores, and return monitors of the SAE `s` that watch them."""
-    monitors = []
-    for score in ("density", "error_norm"):
-        path = folder / f"{score}.safetensors"
-        _write_calibration(path, score=score, source=source, d_model=d_model)
-        monitors.append(
-            {
-                "name": score,
-                "sae": "s",
-                "score": score,
-                "calibration": str(path),
-                "target_fpr": 0.01,
-                "on_alarm": "flag",
-            }
-        )
-    return monitors
-
-
-def _write_calibration(
-    path: Path, *, score: str, source: dict[str, str], d_model: int
+def write_calibration(
+    policy_file: PolicyFile, *, d_model: int, provenance: dict[str, str]
 ) -> None:
-    """Write statistics of the right shapes, with a threshold that nothing reaches."""
-    statistics = {"mean": torch.zeros(d_model), "whitener": torch.eye(d_model)}
+    """Write the calibration of the default policy, for `MONITORS`.
+
+    Its statistics have the right shapes, its thresholds are what nothing reaches.
+
+    Args:
+        policy_file: Names the calibration.
+        d_model: Width of the stream.
+        provenance: What the calibration says of the model.
+    """
+    rank = min(RANK, d_model - 1)
+    statistics = {
+        "density": {
+            "mean": torch.zeros(d_model),
+            "inverse_scale": torch.ones(d_model),
+            "basis": torch.eye(d_model)[:, :rank].contiguous(),
+            "leading": torch.ones(rank),
+            "rest": torch.ones(()),
+        },
+        "error_norm": {},
+    }
+    name = policy_file.default_policy
+    monitors = policy_file.policies[name].monitors
+    entries = {
+        monitor.name: Entry(
+            score=monitor.score,
+            hook_point=policy_file.hook_point(monitor),
+            stage=monitor.stage,
+            window=monitor.window,
+            statistics=statistics[monitor.score],
+            sae_sha256=(
+                policy_file.saes[str(monitor.sae)].sha256
+                if SCORES[monitor.score].needs_sae
+                else None
+            ),
+        )
+        for monitor in monitors
+    }
     calibration = Calibration(
-        score=score,
-        hook_point=source["hook_point"],
-        statistics=statistics if score == "density" else {},
+        entries=entries,
         lengths=(4096,),
-        maxima=(torch.full((200,), 1e9),),
-        provenance={"sae_sha256": source["sha256"], "purpose": "benchmark"},
+        scales=(torch.tensor([0.0, 1.0]).expand(len(monitors), 2),),
+        maxima=(torch.full((200, len(monitors)), 1e9),),
+        provenance={
+            **provenance,
+            "clamps": clamps_digest(policy_file, name),
+            "purpose": "benchmark",
+        },
     )
+    path = monitors[0].calibration
+    assert path is not None
     save_calibration(calibration, path)

@@ -36,10 +36,11 @@ def check_policy(policy_file: PolicyFile) -> dict[str, Sae]:
         GuardError: The first thing that is missing or does not fit.
     """
     columns = list_columns(policy_file)
+    # First: a wrong SAE would look like a calibration for another one.
+    saes = load_saes(policy_file)
     calibrations = load_calibrations(policy_file)
     check_calibrations(policy_file, calibrations)
     step = StepBuffers(max_tokens=1, max_requests=1, num_columns=len(columns))
-    saes = load_saes(policy_file)
     build_guards(policy_file, saes, calibrations, step)
     return saes
 

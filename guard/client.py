@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import Any
 
 from guard.errors import EngineError
@@ -48,18 +49,18 @@ class Client:
         Raises:
             EngineError: The server cannot be reached, or refuses; its words are kept.
         """
-        request = urllib.request.Request(
-            self._url + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={**self._headers, **(headers or {})},
-        )
         try:
+            request = urllib.request.Request(
+                self._url + path,
+                data=None if body is None else json.dumps(body).encode(),
+                headers={**self._headers, **(headers or {})},
+            )
             with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             message = f"{self._url}{path} answered {error.code}: {_words(error)}"
             raise EngineError(message) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             message = f"{self._url} does not answer as a guarded server: {error}."
             raise EngineError(message) from error
 

@@ -182,7 +182,8 @@ def _fit_ellipsoid(rows: Tensor) -> dict[str, Tensor]:
     rows = rows.double()
     mean = rows.mean(0)
     scale = rows.std(0, correction=0)
-    scale = scale.clamp(min=1e-6 * scale.mean().clamp(min=_TINY))
+    # What varies by less than rounding does not vary; a constant has no scale at all.
+    scale = scale.clamp(min=1e-6 * rows.square().mean().sqrt().clamp(min=_TINY))
     values, vectors = torch.linalg.eigh(_shrunk_correlation((rows - mean) / scale))
     rank = min(RANK, len(values) - 1)
     rest = values[:-rank].mean() if rank else values.mean()

@@ -9,12 +9,22 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from guard.calibration import Calibration, Entry
 from guard.clamp import native_values
 from guard.pipeline import Guard, read_resid
-from guard.policy import Monitor, Policy, PolicyFile, Rule, SaeSource, When
+from guard.policy import (
+    Monitor,
+    Policy,
+    PolicyFile,
+    Rule,
+    SaeSource,
+    When,
+    clamps_digest,
+)
 from guard.sae.config import SaeConfig
 from guard.sae.load import build_sae
 from guard.sae.model import Sae
+from guard.score import SCORES, Statistics
 
 D_MODEL, D_SAE, TOPK = 12, 16, 5
 AT = "layers.1.resid_post"
@@ -92,7 +102,82 @@ def make_monitor(name: str = "watch", **values: Any) -> Monitor:
         "target_fpr": 0.1,
         "on_alarm": "block",
     }
+    if values.get("hook_point"):
+        del wanted["sae"]
     return Monitor.model_validate(wanted | values)
+
+
+def make_entry(policy_file: PolicyFile, monitor: Monitor, **values: Any) -> Entry:
+    """Return what a calibration says of a monitor that was calibrated as it is."""
+    needs_sae = SCORES[monitor.score].needs_sae
+    wanted = {
+        "score": monitor.score,
+        "hook_point": policy_file.hook_point(monitor),
+        "stage": monitor.stage,
+        "window": monitor.window,
+        "statistics": {},
+        "sae_sha256": policy_file.saes[str(monitor.sae)].sha256 if needs_sae else None,
+    }
+    return Entry(**(wanted | values))
+
+
+def make_calibration(
+    policy_file: PolicyFile,
+    name: str = "",
+    *,
+    maxima: Sequence[Tensor] = (torch.arange(1.0, 20.0),),
+    lengths: Sequence[int] = (100,),
+    statistics: Mapping[str, Statistics] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Calibration:
+    """Return a calibration that fits a policy in every respect, on a plain scale.
+
+    Args:
+        policy_file: Holds the policy.
+        name: Of the policy; the default without.
+        maxima: Of each bucket, `[num_requests, num_monitors]`, or `[num_requests]`
+            where all monitors have the same.
+        lengths: Of each bucket.
+        statistics: By name of the monitor; none without.
+        provenance: Besides the clamps.
+    """
+    name = name or policy_file.default_policy
+    monitors = policy_file.policies[name].monitors
+    width = len(monitors)
+    scale = torch.tensor([0.0, 1.0])
+    return Calibration(
+        entries={
+            monitor.name: make_entry(
+                policy_file,
+                monitor,
+                statistics=(statistics or {}).get(monitor.name, {}),
+            )
+            for monitor in monitors
+        },
+        lengths=tuple(lengths),
+        scales=tuple(scale.repeat(width, 1) for _ in lengths),
+        maxima=tuple(
+            one if one.dim() == 2 else one[:, None].expand(-1, width) for one in maxima
+        ),
+        provenance={"clamps": clamps_digest(policy_file, name), **(provenance or {})},
+    )
+
+
+def make_ellipsoid(basis: Tensor, *, rest: float = 0.0) -> dict[str, Tensor]:
+    """Return statistics under which a density is the norm of `rows @ basis`.
+
+    Args:
+        basis: `[d_model, num_directions]`
+        rest: How much what lies off an orthonormal basis counts.
+    """
+    d_model, directions = basis.shape
+    return {
+        "mean": torch.zeros(d_model),
+        "inverse_scale": torch.ones(d_model),
+        "basis": basis,
+        "leading": torch.ones(directions),
+        "rest": torch.tensor(rest),
+    }
 
 
 @st.composite

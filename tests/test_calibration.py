@@ -13,31 +13,40 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from specimens import AT, D_MODEL, draw_rows
+from specimens import AT, draw_rows, make_ellipsoid
+from torch import Tensor
 
 from guard.calibration import (
     Calibration,
-    fit_calibration,
+    Entry,
     load_calibration,
     save_calibration,
 )
 from guard.errors import CalibrationError
-from guard.monitor import SCORES, Activations
+from guard.recording import fit_calibration
+from guard.score import SCORES, Activations
 
 TARGETS = ["0.001", "0.002", "0.01", "0.05", "0.07", "0.1", "0.25", "0.45", "0.5"]
 
 
 def make_calibration(*counts: int, **values: Any) -> Calibration:
     """Return one whose i-th bucket holds maxima 1, 2, ... of `counts[i]` requests."""
+    statistics = make_ellipsoid(torch.eye(3)[:, :2])
     wanted: dict[str, Any] = {
-        "score": "density",
-        "hook_point": AT,
-        "statistics": {"mean": torch.zeros(3), "whitener": torch.eye(3)},
+        "entries": {"watch": Entry("density", AT, None, 1, statistics)},
         "lengths": tuple(10 * (i + 1) for i in range(len(counts))),
-        "maxima": tuple(torch.arange(1.0, count + 1) for count in counts),
+        "scales": tuple(torch.tensor([[0.0, 1.0]]) for _ in counts),
+        "maxima": tuple(torch.arange(1.0, count + 1)[:, None] for count in counts),
         "provenance": {"model": "toy"},
     }
     return Calibration(**(wanted | values))
+
+
+def find_threshold(calibration: Calibration, length: int, target_fpr: object) -> float:
+    """Return the threshold of the only monitor."""
+    (name,) = calibration.entries
+    targets = {name: Fraction(str(target_fpr))}
+    return calibration.thresholds(length, targets=targets)[name]
 
 
 def exact_rank(count: int, target: str) -> int | None:
@@ -58,12 +67,12 @@ def exact_rank(count: int, target: str) -> int | None:
 def test_the_threshold_has_the_exact_conformal_rank(count: int, target: str) -> None:
     calibration, rank = make_calibration(count), exact_rank(count, target)
     if rank is not None:
-        assert calibration.threshold(1, target_fpr=float(target)) == rank
+        assert find_threshold(calibration, 1, target) == rank
         return
     needed = next(n for n in itertools.count(1) if (n + 1) * Fraction(target) >= 1)
     with pytest.raises(CalibrationError, match=f"holds {count} .* at least {needed}"):
-        calibration.threshold(1, target_fpr=float(target))
-    make_calibration(needed).threshold(1, target_fpr=float(target))
+        find_threshold(calibration, 1, target)
+    find_threshold(make_calibration(needed), 1, target)
 
 
 def test_every_order_of_a_few_numbers_keeps_the_promise() -> None:
@@ -72,28 +81,30 @@ def test_every_order_of_a_few_numbers_keeps_the_promise() -> None:
     for target in (0.2, 0.25, 0.45, 0.5):
         alarms = 0
         for last in numbers:
-            held_out = torch.tensor([n for n in numbers if n != last])
+            held_out = torch.tensor([[n] for n in numbers if n != last])
             calibration = make_calibration(4, maxima=(held_out,))
-            alarms += last > calibration.threshold(1, target_fpr=target)
+            alarms += last > find_threshold(calibration, 1, target)
         assert alarms == math.floor(target * 5)
 
 
 def test_fresh_benign_requests_alarm_as_often_as_was_asked_for() -> None:
     target, count, fresh = 0.05, 1000, 4000
-    held_out = [draw_rows(8, seed=seed) for seed in range(count)]
+    score = SCORES["density"].apply
+    statistics = SCORES["density"].fit(Activations(draw_rows(2000, seed=70_000)))
+
+    def find_maxima(requests: int, *, seed: int) -> Tensor:
+        rows = draw_rows(8 * requests, seed=seed)
+        return score(Activations(rows), statistics).view(requests, 8).amax(1)
+
     calibration = fit_calibration(
-        "density",
-        hook_point=AT,
-        fitting=Activations(*[draw_rows(2000, seed=70_000)] * 2),
-        held_out=[Activations(rows, rows) for rows in held_out],
+        {"watch": Entry("density", AT, None, 1, statistics)},
+        reference=[(8, one[None]) for one in find_maxima(300, seed=90_000)],
+        held_out=[(8, one[None]) for one in find_maxima(count, seed=100_000)],
         lengths=[8],
         provenance={},
     )
-    threshold = calibration.threshold(8, target_fpr=target)
-    score = SCORES["density"].apply
-    later = draw_rows(8 * fresh, seed=80_000)
-    scores = score(Activations(later, later), calibration.statistics)
-    alarms = int((scores.view(fresh, 8).amax(1) > threshold).sum())
+    threshold = find_threshold(calibration, 8, target)
+    alarms = int((find_maxima(fresh, seed=80_000) > threshold).sum())
     # Alarms among fresh requests are beta-binomial: the threshold is drawn as well.
     rank = exact_rank(count, "0.05")
     assert rank is not None
@@ -126,41 +137,7 @@ def beta_binomial_interval(
 def test_a_request_is_judged_by_the_first_bucket_it_fits_into(
     length: int, threshold: float
 ) -> None:
-    assert make_calibration(9, 19).threshold(length, target_fpr=0.1) == threshold
-
-
-def fit(
-    *lengths_of_requests: int, score: str = "error_norm", **values: Any
-) -> Calibration:
-    requests = [draw_rows(n, seed=n) for n in lengths_of_requests]
-    benign = draw_rows(50, seed=0)
-    wanted: dict[str, Any] = {
-        "hook_point": AT,
-        "fitting": Activations(benign, benign),
-        "held_out": [Activations(rows, rows) for rows in requests],
-        "lengths": [4, 8],
-        "provenance": {},
-    }
-    return fit_calibration(score, **(wanted | values))
-
-
-def test_a_bucket_keeps_the_sorted_maxima_of_the_requests_that_fall_into_it() -> None:
-    calibration = fit(3, 4, 5, 1)
-    norms = {n: draw_rows(n, seed=n).norm(dim=1).max().item() for n in (3, 4, 5, 1)}
-    assert calibration.maxima[0].tolist() == sorted(norms[n] for n in (3, 4, 1))
-    assert calibration.maxima[1].tolist() == [norms[5]]
-
-
-def test_fitting_refuses_what_it_cannot_promise_anything_for() -> None:
-    with pytest.raises(CalibrationError, match=r"No held-out request falls into .* 8"):
-        fit(3, 4)
-    with pytest.raises(CalibrationError, match=r"has 9 tokens.*expected at most 8"):
-        fit(3, 5, 9)
-    with pytest.raises(CalibrationError, match="'magic'; expected one of error_norm"):
-        fit(3, 5, score="magic")
-    sick = torch.full((2, D_MODEL), torch.nan)
-    with pytest.raises(CalibrationError, match="finite"):
-        fit(held_out=[Activations(sick, sick)])
+    assert find_threshold(make_calibration(9, 19), length, 0.1) == threshold
 
 
 @given(
@@ -176,35 +153,74 @@ def test_a_calibration_is_loaded_as_it_was_saved(
     saved = make_calibration(*counts, provenance=provenance)
     save_calibration(saved, path)
     loaded = load_calibration(path)
-    assert replace(loaded, statistics={}, maxima=()) == replace(
-        saved, statistics={}, maxima=()
+    assert_same(loaded, saved)
+
+
+def assert_same(one: Calibration, other: Calibration) -> None:
+    """Fail where two calibrations differ in a bit."""
+    assert (one.lengths, one.provenance) == (other.lengths, other.provenance)
+    for tensors in (
+        zip(one.scales, other.scales, strict=True),
+        zip(one.maxima, other.maxima, strict=True),
+    ):
+        assert all(torch.equal(*pair) for pair in tensors)
+    assert list(one.entries) == list(other.entries)
+    for name, entry in one.entries.items():
+        twin = other.entries[name]
+        assert replace(entry, statistics={}) == replace(twin, statistics={})
+        assert entry.statistics.keys() == twin.statistics.keys()
+        for key, value in entry.statistics.items():
+            assert torch.equal(value, twin.statistics[key])
+
+
+def test_several_monitors_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
+    rows = draw_rows(60, seed=0)
+    benign = Activations(rows, rows.flip(1))
+    entries = {
+        # Not in the order of the alphabet: columns are counted in this one.
+        "z": Entry("density", AT, "prompt", 3, SCORES["density"].fit(benign)),
+        "a.b-c": Entry("error", AT, None, 1, SCORES["error"].fit(benign), "f" * 64),
+        "m": Entry("error_norm", AT, "output", 64, {}, "e" * 64),
+    }
+    saved = Calibration(
+        entries=entries,
+        lengths=(7, 100),
+        scales=(torch.rand(3, 2), torch.rand(3, 2)),
+        maxima=(torch.rand(5, 3), torch.tensor([[1.0, -math.inf, 2.0]])),
+        provenance={"versions": {"torch": None}, "lengths": [7, 100]},
     )
-    for one, other in zip(loaded.maxima, saved.maxima, strict=True):
-        assert torch.equal(one, other)
-    assert loaded.statistics.keys() == saved.statistics.keys()
-    for name, tensor in loaded.statistics.items():
-        assert torch.equal(tensor, saved.statistics[name])
-
-
-def test_what_is_fitted_scores_the_same_after_a_round_trip(tmp_path: Path) -> None:
-    calibration = fit(3, 5, score="density")
-    save_calibration(calibration, tmp_path / "c")
+    save_calibration(saved, tmp_path / "c")
     loaded = load_calibration(tmp_path / "c")
-    rows = Activations(*[draw_rows(6, seed=9)] * 2)
-    score = SCORES["density"].apply
-    assert torch.equal(
-        score(rows, loaded.statistics), score(rows, calibration.statistics)
-    )
-    assert loaded.threshold(8, target_fpr=0.5) == calibration.threshold(
-        8, target_fpr=0.5
-    )
+    assert_same(loaded, saved)
+    fresh = Activations(draw_rows(6, seed=9), draw_rows(6, seed=10))
+    for name in ("z", "a.b-c"):
+        apply = SCORES[entries[name].score].apply
+        assert torch.equal(
+            apply(fresh, loaded.entries[name].statistics),
+            apply(fresh, entries[name].statistics),
+        )
 
 
-ABOUT = {"format": 1, "score": "density", "hook_point": AT, "provenance": {}}
-GOOD = {"maxima.10": torch.arange(3.0), "statistics.mean": torch.zeros(3)}
+WATCH = {
+    "score": "density",
+    "hook_point": AT,
+    "stage": None,
+    "window": 1,
+    "sae_sha256": None,
+}
+ABOUT = {"format": 2, "entries": {"watch": WATCH}, "provenance": {}}
+GOOD = {
+    "maxima/10": torch.arange(3.0)[:, None],
+    "scales/10": torch.tensor([[0.0, 1.0]]),
+    "statistics/watch/mean": torch.zeros(3),
+}
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor], about: object) -> None:
+def without(name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in GOOD.items() if key != name}
+
+
+def write(path: Path, tensors: dict[str, Tensor], about: object) -> None:
     text = about if isinstance(about, str) else json.dumps(about)
     save_file(tensors, path, metadata={"guard": text})
 
@@ -222,22 +238,35 @@ def test_the_damaged_files_below_are_damaged_only_where_they_say_so(
         (GOOD, "not json"),
         (GOOD, []),
         (GOOD, {}),
-        (GOOD, ABOUT | {"format": 2}),
-        (GOOD, ABOUT | {"score": "magic"}),
-        (GOOD, ABOUT | {"score": ["density"]}),
-        (GOOD, ABOUT | {"provenance": 3}),
-        ({"statistics.mean": torch.zeros(3)}, ABOUT),
-        ({"maxima.ten": torch.ones(1)}, ABOUT),
-        ({"maxima.10": torch.empty(0)}, ABOUT),
-        ({"maxima.10": torch.ones(2, 2)}, ABOUT),
-        ({"maxima.10": torch.tensor([1, 2])}, ABOUT),
-        ({"maxima.10": torch.tensor([2.0, 1.0])}, ABOUT),
-        ({"maxima.10": torch.tensor([1.0, torch.nan])}, ABOUT),
-        ({"maxima.10": torch.tensor([1.0, torch.inf])}, ABOUT),
+        (GOOD, {"format": 2}),
+        (GOOD, ABOUT | {"format": 3}),
+        (GOOD, ABOUT | {"format": "2"}),
+        (GOOD, ABOUT | {"entries": []}),
+        (GOOD, ABOUT | {"entries": {}}),
+        (GOOD, ABOUT | {"entries": {"watch": []}}),
+        (GOOD, ABOUT | {"entries": {"watch": {"score": "density"}}}),
+        (GOOD, ABOUT | {"entries": {"watch": WATCH | {"score": "magic"}}}),
+        (GOOD, ABOUT | {"entries": {"watch": WATCH | {"more": 1}}}),
+        (GOOD, ABOUT | {"provenance": None}),
+        (without("maxima/10"), ABOUT),
+        (without("scales/10"), ABOUT),
+        (GOOD | {"maxima/ten": torch.ones(1, 1)}, ABOUT),
+        (GOOD | {"maxima/20": torch.ones(1, 1)}, ABOUT),
+        (GOOD | {"maxima/10": torch.empty(0, 1)}, ABOUT),
+        (GOOD | {"maxima/10": torch.ones(2, 2)}, ABOUT),
+        (GOOD | {"maxima/10": torch.ones(2)}, ABOUT),
+        (GOOD | {"maxima/10": torch.tensor([[1.0], [torch.nan]])}, ABOUT),
+        (GOOD | {"maxima/10": torch.tensor([[1.0], [torch.inf]])}, ABOUT),
+        (GOOD | {"scales/10": torch.ones(2, 2)}, ABOUT),
+        (GOOD | {"scales/10": torch.ones(2)}, ABOUT),
+        (GOOD | {"scales/10": torch.tensor([[torch.nan, 1.0]])}, ABOUT),
+        (GOOD | {"scales/10": torch.tensor([[0.0, torch.inf]])}, ABOUT),
+        (GOOD | {"scales/10": torch.tensor([[0.0, 0.0]])}, ABOUT),
+        (GOOD | {"scales/10": torch.tensor([[0.0, -1.0]])}, ABOUT),
     ],
 )
 def test_a_damaged_calibration_is_one_clear_line(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], about: object
+    tmp_path: Path, tensors: dict[str, Tensor], about: object
 ) -> None:
     path = tmp_path / "c.safetensors"
     write(path, tensors, about)
@@ -266,3 +295,9 @@ def test_what_is_no_safetensors_file_is_one_clear_line(tmp_path: Path) -> None:
         CalibrationError, match="no such calibration; `guard calibrate`"
     ):
         load_calibration(tmp_path / "missing")
+
+
+def test_a_calibration_of_the_first_format_asks_for_a_new_one(tmp_path: Path) -> None:
+    write(tmp_path / "c", {"maxima.10": torch.arange(3.0)}, {"format": 1})
+    with pytest.raises(CalibrationError, match=r"format 1; expected format 2\. Calibr"):
+        load_calibration(tmp_path / "c")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from specimens import make_calibration
 
-from guard.calibration import Calibration, save_calibration
+from guard.calibration import save_calibration
 from guard.check import check_policy, load_calibrations, load_saes
 from guard.errors import CalibrationError, GuardError, SaeError
 from guard.policy import PolicyFile, load_policy
@@ -36,19 +37,17 @@ def write(tmp_path: Path) -> Callable[..., PolicyFile]:
     digest = weights_digest(tmp_path / "used", "guard")
 
     def write(*, at: str = "layers.1.resid_post", **values: object) -> PolicyFile:
-        calibration = Calibration(
-            score="error_norm",
-            hook_point="layers.1.resid_post",
-            statistics={},
-            lengths=(10, 20),
-            maxima=(torch.arange(9.0), torch.arange(5.0)),
-            provenance={"sae_sha256": digest},
-        )
-        save_calibration(calibration, tmp_path / "c.safetensors")
         path = tmp_path / "policy.yaml"
         wanted = {"latent": 3, "target": 0.2, "digest": digest, "zeros": "a" * 64}
         path.write_text(POLICY.format(at=at, **(wanted | values)))
-        return load_policy(path)
+        policy_file = load_policy(path)
+        calibration = make_calibration(
+            policy_file,
+            lengths=(10, 20),
+            maxima=(torch.arange(9.0), torch.arange(5.0)),
+        )
+        save_calibration(calibration, tmp_path / "c.safetensors")
+        return policy_file
 
     return write
 

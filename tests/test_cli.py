@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from specimens import make_calibration
 
-from guard.calibration import fit_calibration, save_calibration
+from guard.calibration import save_calibration
 from guard.cli import main
-from guard.monitor import Activations
+from guard.policy import load_policy
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
 
@@ -21,15 +22,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with an SAE, a calibration, a model's config and a policy."""
     folder = tmp_path_factory.mktemp("shop")
     save_toy_sae(folder / "sae", hook_point=HOOK_POINT)
-    requests = [Activations(*torch.randn(2, 8, 64)) for _ in range(120)]
-    calibration = fit_calibration(
-        "error_norm",
-        hook_point=HOOK_POINT,
-        fitting=requests[0],
-        held_out=requests[1:],
-        lengths=[2048],
-        provenance={"sae_sha256": weights_digest(folder / "sae", format="guard")},
-    )
+    policy_file = load_policy(write_policy(folder, "plain"))
+    calibration = make_calibration(policy_file, maxima=[torch.rand(119)])
     save_calibration(calibration, folder / "norm.safetensors")
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")

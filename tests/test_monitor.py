@@ -1,112 +1,56 @@
-"""Scores against their formulas, and what a request's scores add up to."""
+"""What monitors see of a token, and what it adds up to in a request."""
 
 import math
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from specimens import AT, draw_rows, make_monitor, make_policy_file
+from specimens import AT, make_monitor, make_policy_file
 
-from guard.monitor import (
-    SCORES,
-    Activations,
-    Column,
-    Reading,
-    Watch,
-    density,
-    fit_density,
-    list_columns,
-)
+from guard.monitor import Column, Reading, Watch, column_of, list_columns
 from guard.policy import Policy, Rule
 
 POISON = [math.nan, math.inf, -math.inf]
 
 
-def fit_plainly(resid: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Ledoit and Wolf (2004), section 3.3, as the paper has it: sums over samples."""
-    count, width = resid.shape
-    mean = resid.mean(0)
-    centred = resid - mean
-    sample = centred.T @ centred / count
-    level = np.trace(sample) / width
-    spread = ((sample - level * np.eye(width)) ** 2).sum() / width
-    error = sum(((np.outer(x, x) - sample) ** 2).sum() / width for x in centred)
-    weight = min(error / count**2, spread) / spread
-    shrunk = weight * level * np.eye(width) + (1 - weight) * sample
-    return mean, shrunk, weight
-
-
-@pytest.mark.parametrize("num_tokens", [5, 40, 4000])
-def test_density_is_the_mahalanobis_distance_under_the_shrunk_covariance(
-    num_tokens: int,
-) -> None:
-    resid = draw_rows(num_tokens, seed=1) @ draw_rows(12, seed=2) + 3.0
-    statistics = fit_density(Activations(resid, resid))
-    mean, covariance, weight = fit_plainly(resid.double().numpy())
-    assert 0 < weight < 1
-    fresh = draw_rows(6, seed=3, scale=5.0)
-    centred = fresh.double().numpy() - mean
-    squared = (centred @ np.linalg.inv(covariance) * centred).sum(1)
-    found = density(Activations(fresh, fresh), statistics)
-    np.testing.assert_allclose(found.numpy(), np.sqrt(squared), rtol=1e-3)
-
-
-def test_density_of_two_points_is_computed_by_hand() -> None:
-    # Covariance diag(4, 0): level 2, and both points are equally far from it, so
-    # nothing is shrunk; what has no variance is held to a floor, not divided by 0.
-    resid = torch.tensor([[3.0, 1.0], [-1.0, 1.0]])
-    statistics = fit_density(Activations(resid, resid))
-    fresh = torch.tensor([[1.0, 1.0], [5.0, 1.0], [1.0, 1.5]])
-    found = density(Activations(fresh, fresh), statistics)
-    assert found[:2].tolist() == pytest.approx([0.0, 2.0], abs=1e-5)
-    assert found[2] > 1e4
-    assert found.isfinite().all()
-
-
-def test_density_of_one_point_repeated_is_finite() -> None:
-    resid = torch.ones(9, 4)
-    statistics = fit_density(Activations(resid, resid))
-    assert density(Activations(2 * resid, resid), statistics).isfinite().all()
-
-
-def test_error_norm_is_the_norm_of_the_error_and_nothing_else() -> None:
-    error = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    score = SCORES["error_norm"]
-    assert score.fit(Activations(error, error)) == {}
-    assert score.apply(Activations(1e9 + error, error), {}).tolist() == [5.0, 0.0]
-
-
-@pytest.mark.parametrize("name", SCORES)
-@pytest.mark.parametrize("poison", POISON)
-def test_a_score_of_what_is_not_finite_is_not_finite(name: str, poison: float) -> None:
-    benign = Activations(draw_rows(50, seed=0), draw_rows(50, seed=1))
-    statistics = SCORES[name].fit(benign)
-    rows = draw_rows(3, seed=2)
-    rows[1, 5] = poison
-    found = SCORES[name].apply(Activations(rows, rows), statistics)
-    assert found.isfinite().tolist() == [True, False, True]
-
-
 def test_columns_are_listed_once_and_in_the_order_of_the_file() -> None:
+    late = "layers.5.resid_post"
     shared = make_monitor("x", calibration="c1")
     several = {
-        "p": Policy(monitors=(shared, make_monitor("y", calibration="c2"))),
-        "q": Policy(monitors=(make_monitor("z", sae="b", calibration="c3"), shared)),
+        "p": Policy(
+            monitors=(
+                shared,
+                make_monitor("y", score="density", calibration="c1"),
+                make_monitor("z", hook_point=late, score="density", calibration="c1"),
+            )
+        ),
+        "q": Policy(
+            monitors=(
+                make_monitor("w", sae="b", score="error", calibration="c3"),
+                shared,
+                make_monitor("left", sae="b", score="clamp_residual"),
+            )
+        ),
         "open": Policy(),
     }
-    policy_file = make_policy_file(several, saes={"a": AT, "b": AT})
-    assert list_columns(policy_file) == (
-        Column("a", "error_ratio"),
-        Column("a", "clamp_residual"),
-        Column("a", "error_norm", "c1"),
-        Column("a", "error_norm", "c2"),
-        Column("b", "error_ratio"),
-        Column("b", "clamp_residual"),
-        Column("b", "error_norm", "c3"),
+    policy_file = make_policy_file(several, saes={"a": AT, "b": late})
+    columns = list_columns(policy_file)
+    assert columns == (
+        Column(AT, "error_ratio", "a"),
+        Column(AT, "clamp_residual", "a"),
+        Column(AT, "error_norm", "a", "c1", "x"),
+        Column(AT, "density", None, "c1", "y"),
+        Column(late, "density", None, "c1", "z"),
+        Column(late, "error_ratio", "b"),
+        Column(late, "clamp_residual", "b"),
+        Column(late, "error", "b", "c3", "w"),
+        Column(late, "clamp_residual", "b", "calibration", "left"),
     )
+    for policy in several.values():
+        for monitor in policy.monitors:
+            assert column_of(policy_file, monitor) in columns
 
 
 def make_policy(*actions: str, mode: str = "enforce") -> Policy:

@@ -1,7 +1,6 @@
 """The guard at a hook point: many policies in one batch, each as if it were alone."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,8 @@ from specimens import (
     assert_same_bits,
     draw_rows,
     is_clear_cut,
+    make_calibration,
+    make_ellipsoid,
     make_monitor,
     make_policy_file,
     make_sae,
@@ -29,28 +30,26 @@ from guard.calibration import Calibration
 from guard.clamp import clamp_resid
 from guard.errors import CalibrationError, SaeError
 from guard.hook import HookPoint
-from guard.monitor import Activations, Column, density, list_columns
+from guard.monitor import EXEMPT, list_columns
 from guard.pipeline import Guard, StepBuffers, build_guards, read_resid
 from guard.policy import Policy, PolicyFile, Rule, When
 from guard.sae.model import Sae
+from guard.score import Statistics
 
 Call = Callable[[Tensor, Tensor | None], None]
 
 
-def calibrate(
-    score: str = "error_norm", *, width: int = D_MODEL, sae_sha256: str = f"{0:064x}"
-) -> Calibration:
-    statistics = {}
-    if score == "density":
-        statistics = {"mean": torch.ones(width), "whitener": 2 * torch.eye(width)}
-    return Calibration(
-        score=score,
-        hook_point=AT,
-        statistics=statistics,
-        lengths=(100,),
-        maxima=(torch.arange(1.0, 20.0),),
-        provenance={"sae_sha256": sae_sha256},
-    )
+def ellipsoid(width: int = D_MODEL) -> Statistics:
+    """Statistics of a density that is the norm of `2 * (rows - 1)`."""
+    plain = make_ellipsoid(torch.eye(width)[:, :2], rest=1.0)
+    return plain | {"mean": torch.ones(width), "inverse_scale": torch.full((width,), 2)}
+
+
+def calibrate(policy_file: PolicyFile, *, width: int = D_MODEL) -> Calibration:
+    """Return a calibration of the one monitor `watch`."""
+    (monitor,) = policy_file.policies["p"].monitors
+    statistics = {"watch": ellipsoid(width)} if monitor.score == "density" else None
+    return make_calibration(policy_file, statistics=statistics)
 
 
 def build(
@@ -247,7 +246,7 @@ def test_a_compiled_model_sees_the_clamp_exactly_where_it_was_put(backend: str) 
 def watched_file(
     score: str = "error_norm", *, clamps: tuple[Rule, ...] = ()
 ) -> PolicyFile:
-    monitor = make_monitor(score=score, calibration=Path("c"))
+    monitor = make_monitor(score=score, calibration="c")
     return make_policy_file(
         {"p": Policy(clamps=clamps, monitors=(monitor,)), "open": Policy()},
         saes={"a": AT},
@@ -261,7 +260,7 @@ def test_scores_are_taken_of_what_flows_on_after_the_clamp(
 ) -> None:
     policy_file = watched_file(score, clamps=(hold("r"),))
     sae = make_sae(architecture)
-    guard = build(policy_file, {"a": sae}, {"c": calibrate(score)})
+    guard = build(policy_file, {"a": sae}, {"c": calibrate(policy_file)})
     hidden_states, residual = draw_rows(6, seed=1), draw_rows(6, seed=2)
     untouched = read_resid(hidden_states, residual)
     guard.step.rows_in[:6, 0] = torch.tensor([1, 0, 1, 1, 2, 1])
@@ -271,36 +270,41 @@ def test_scores_are_taken_of_what_flows_on_after_the_clamp(
     encoded = sae.encode(resid)
     error = resid - sae.decode(encoded)
     expected = {
-        Column("a", "error_ratio"): error.norm(dim=1) / resid.norm(dim=1),
-        Column("a", "clamp_residual"): torch.where(
+        "error_ratio": error.norm(dim=1) / resid.norm(dim=1),
+        "clamp_residual": torch.where(
             guard.step.rows_in[:6, 0] == 1, encoded.latents[:, :3].amax(1), 0.0
         ),
-        Column("a", score, "c"): error.norm(dim=1)
-        if score == "error_norm"
-        else density(Activations(resid, error), calibrate(score).statistics),
+        "error_norm": error.norm(dim=1),
+        "density": (2 * (resid - 1)).norm(dim=1),
     }
     nobody = guard.step.rows_in[:6, 0] == 0
-    for number, column in enumerate(list_columns(policy_file)):
-        scores = guard.step.scores[:6, number]
+    columns = list_columns(policy_file)
+    assert {column.score for column in columns} == (
+        {"density"} if score == "density" else expected.keys() - {"density"}
+    )
+    for number, column in enumerate(columns):
+        unread = EXEMPT if column.entry else 0.0
         torch.testing.assert_close(
-            scores, torch.where(nobody, 0.0, expected[column]), msg=column.score
+            guard.step.scores[:6, number],
+            torch.where(nobody, unread, expected[column.score]),
+            msg=column.score,
         )
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_reads_as_such(poison: float) -> None:
     policy_file = watched_file("density", clamps=(hold("r"),))
-    guard = build(policy_file, {"a": make_sae()}, {"c": calibrate("density")})
+    guard = build(policy_file, {"a": make_sae()}, {"c": calibrate(policy_file)})
     hidden_states = draw_rows(3, seed=1)
     hidden_states[1, 4] = poison
     guard.step.rows_in[:3, 0] = 1
     guard(hidden_states, None)
-    column = list_columns(policy_file).index(Column("a", "density", "c"))
-    assert guard.step.scores[:3, column].isfinite().tolist() == [True, False, True]
+    assert guard.step.scores[:3, 0].isfinite().tolist() == [True, False, True]
 
 
 def test_clearing_a_step_leaves_its_rows_to_nobody() -> None:
-    guard = build(watched_file(), {"a": make_sae()}, {"c": calibrate()})
+    policy_file = watched_file()
+    guard = build(policy_file, {"a": make_sae()}, {"c": calibrate(policy_file)})
     guard.step.rows_in[:4] = torch.tensor([1, 1, 0])
     guard(draw_rows(4, seed=0), None)
     assert guard.step.marks.any()
@@ -326,27 +330,22 @@ def test_saes_at_two_hook_points_make_two_guards_in_layer_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "calibration",
+    "statistics",
     [
-        calibrate("density"),
-        calibrate(sae_sha256=f"{9:064x}"),
-        Calibration(
-            "error_norm", "layers.7.resid_post", {}, (1,), (torch.ones(1),), {}
-        ),
+        ellipsoid(D_MODEL + 1),
+        {},
+        ellipsoid() | {"mean": torch.full((D_MODEL,), torch.nan)},
+        ellipsoid() | {"leading": torch.ones(3)},
     ],
-    ids=["score", "sae", "hook point"],
+    ids=["another width", "missing", "not finite", "another rank"],
 )
-def test_a_calibration_made_for_something_else_is_refused(
-    calibration: Calibration,
-) -> None:
-    with pytest.raises(CalibrationError, match=r"c: made for .*; expected"):
-        build(watched_file(), {"a": make_sae()}, {"c": calibration})
-
-
-def test_statistics_of_another_width_are_refused() -> None:
-    calibrations = {"c": calibrate("density", width=D_MODEL + 1)}
-    with pytest.raises(CalibrationError, match="c: "):
-        build(watched_file("density"), {"a": make_sae()}, calibrations)
+def test_statistics_that_give_no_score_are_refused(statistics: Statistics) -> None:
+    policy_file = watched_file("density")
+    calibration = make_calibration(policy_file, statistics={"watch": statistics})
+    with pytest.raises(
+        CalibrationError, match=r"c: its statistics give no score 'density'.* width 12"
+    ):
+        build(policy_file, {"a": make_sae()}, {"c": calibration})
 
 
 def test_a_latent_that_the_sae_does_not_have_is_refused() -> None:

@@ -161,15 +161,6 @@ LATER = [
         f"14: {CLAMP0}.law: 'project' is not built yet; expected one of ablate, set, "
         "cap, floor, scale",
     ),
-    *(
-        (
-            "score: density",
-            f"score: {score}",
-            f"18: {MONITOR0}.score: {score!r} is not built yet; expected one of "
-            "error_norm, density",
-        )
-        for score in ("probe", "error", "clamp_residual")
-    ),
 ]
 
 
@@ -199,7 +190,7 @@ FAULTS = [
     ("law: ablate", "law: ablat", f"14: {CLAMP0}.law: 'ablat' is not a law; expected one of ablate, set, cap, floor, scale"),
     ("law: set", "law: set, unit: mean", "15: policies.default.clamps[1].unit: 'mean' is not a unit; expected one of native, unit_norm, max"),
     ("scope: request", "scope: session", "16: policies.default.clamps[1].when.scope: 'session' is not a scope; expected one of token, request"),
-    ("score: density", "score: norm", f"18: {MONITOR0}.score: 'norm' is not a score; expected one of error_norm, density"),
+    ("score: density", "score: norm", f"18: {MONITOR0}.score: 'norm' is not a score; expected one of error_norm, density, error, probe, clamp_residual"),
     ("on_alarm: block", "on_alarm: stop", f"19: {MONITOR0}.on_alarm: 'stop' is not an action; expected one of flag, block"),
     ("mode: enforce", "mod: enforce", "11: policies.default.mod: unknown key; did you mean 'mode'?"),
     ("scope: request", "zzz: 1", "16: policies.default.clamps[1].when.zzz: unknown key; expected one of latents, above, scope"),

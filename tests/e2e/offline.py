@@ -42,10 +42,10 @@ class Generation:
 def run_offline(job: Job, folder: Path) -> list[Generation]:
     path = folder / f"job-{job.dtype}-{job.policy}.json"
     path.write_text(json.dumps(asdict(job)))
-    environment = guard_environment({"VLLM_PLUGINS": "guard"})
+    tests = str(Path(__file__).parents[1])
+    environment = guard_environment({"VLLM_PLUGINS": "guard", "PYTHONPATH": tests})
     if job.policy is not None:
         environment["GUARD_POLICY"] = job.policy_file
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     subprocess.run(
         [sys.executable, __file__, str(path)],
         env=environment,

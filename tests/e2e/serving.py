@@ -10,17 +10,22 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import openai
 import pytest
 import torch
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from guard.calibration import fit_calibration, save_calibration
-from guard.monitor import Activations
+from guard.calibration import Entry, load_calibration, save_calibration
+from guard.check import digest_model
+from guard.policy import clamps_digest, load_policy
+from guard.recording import fit_calibration
 from guard.sae.load import load_sae, weights_digest
+from guard.sae.model import Sae
+from guard.score import SCORES, Activations
 from guard.testing import make_toy_model, save_toy_sae
 
 HOOK_POINT = "layers.1.resid_post"
@@ -38,16 +43,64 @@ class Toy:
     def model(self) -> Path:
         return self.folder / "model"
 
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a calibration must say that it was made for."""
+        return {"model_digest": digest_model(self.model), "dtype": "float32"}
+
     def write_policy(self, name: str, body: str) -> Path:
-        """Write a policy file whose SAE is called `s`; `body` is all that follows."""
+        """Write a policy file whose SAE is called `s`; `body` is all that follows.
+
+        Each policy gets a copy of the calibrations it names, for its own clamps.
+        """
         path = self.folder / f"{name}.yaml"
-        path.write_text(
+        text = (
             "version: 1\n"
             f"saes:\n  s: {{path: sae, format: guard, hook_point: {HOOK_POINT}, "
-            f'sha256: "{self.digest}"}}\n{body}',
+            f'sha256: "{self.digest}"}}\n{body}'
+        )
+        content = yaml.safe_load(text)
+        sources: dict[tuple[str, str], Path] = {}
+        for policy, entry in content["policies"].items():
+            for monitor in entry.get("monitors", ()):
+                source = monitor["calibration"]
+                sources[policy, monitor["name"]] = self.folder / source
+                monitor["calibration"] = f"calibrations/{name}/{policy}/{source}"
+        # Untouched where nothing is watched: some of these files are wrong on purpose.
+        path.write_text(
+            yaml.safe_dump(content, sort_keys=False) if sources else text,
             encoding="utf-8",
         )
+        if sources:
+            copy_calibrations(path, sources)
         return path
+
+
+def copy_calibrations(path: Path, sources: Mapping[tuple[str, str], Path]) -> None:
+    """Write the calibrations of a policy file, as if each was made for its policy.
+
+    Args:
+        path: Of the policy file.
+        sources: By names of policy and monitor, the calibration of a score, alone.
+    """
+    policy_file = load_policy(path)
+    for (name, watching), source in sources.items():
+        calibration = load_calibration(source)
+        (entry,) = calibration.entries.values()
+        (monitor,) = (
+            monitor
+            for monitor in policy_file.policies[name].monitors
+            if monitor.name == watching
+        )
+        digest = clamps_digest(policy_file, name)
+        save_calibration(
+            replace(
+                calibration,
+                entries={watching: entry},
+                provenance={**calibration.provenance, "clamps": digest},
+            ),
+            monitor.calibration,
+        )
 
 
 def make_toy(folder: Path) -> Toy:
@@ -55,36 +108,79 @@ def make_toy(folder: Path) -> Toy:
     make_toy_model(folder / "model")
     save_toy_sae(folder / "sae", hook_point=HOOK_POINT)
     toy = Toy(folder, weights_digest(folder / "sae", format="guard"))
-    requests = list(benign_activations(toy, count=300))
+    resids = list(benign_resids(toy, count=300))
     for score in ("density", "error_norm"):
-        calibration = fit_calibration(
-            score,
-            hook_point=HOOK_POINT,
-            fitting=Activations(
-                torch.cat([request.resid for request in requests[:100]]),
-                torch.cat([request.error for request in requests[:100]]),
-            ),
-            held_out=requests[100:],
-            lengths=[2048],
-            provenance={"sae_sha256": toy.digest},
-        )
-        save_calibration(calibration, folder / f"{score}.safetensors")
+        calibrate_score(toy, score, sae="sae", fitting=resids[:100], held=resids[100:])
     return toy
 
 
-def benign_activations(toy: Toy, *, count: int) -> Iterator[Activations]:
-    """Yield the stream and the SAE's error on random prompts, without BOS."""
+def calibrate_score(
+    toy: Toy,
+    score: str,
+    *,
+    sae: str,
+    fitting: Sequence[torch.Tensor],
+    held: Sequence[torch.Tensor],
+    path: str = "",
+) -> None:
+    """Calibrate one score on benign requests, for `write_policy` to copy.
+
+    Args:
+        toy: Gets SCORE.safetensors.
+        score: A key of `SCORES`.
+        sae: Folder of the SAE.
+        fitting: Streams of requests for the statistics, `[num_tokens, d_model]` each.
+        held: Of others, for the thresholds.
+        path: Another name of the file.
+    """
+    loaded = load_sae(toy.folder / sae, format="guard")
+    benign = explain(loaded, torch.cat(list(fitting)))
+    entry = Entry(
+        score=score,
+        hook_point=loaded.config.hook_point,
+        stage=None,
+        window=1,
+        statistics=SCORES[score].fit(benign),
+        sae_sha256=(
+            weights_digest(toy.folder / sae, format="guard")
+            if SCORES[score].needs_sae
+            else None
+        ),
+    )
+
+    def find_maxima(resids: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+        scores = [
+            SCORES[score].apply(explain(loaded, resid), entry.statistics)
+            for resid in resids
+        ]
+        return [(len(one), one.amax()[None]) for one in scores]
+
+    calibration = fit_calibration(
+        {score: entry},
+        reference=find_maxima(fitting),
+        held_out=find_maxima(held),
+        lengths=[2048],
+        provenance=toy.provenance,
+    )
+    save_calibration(calibration, toy.folder / (path or f"{score}.safetensors"))
+
+
+def explain(sae: Sae, resid: torch.Tensor) -> Activations:
+    """Return a stream with the error that an SAE makes of it."""
+    return Activations(resid, resid - sae.decode(sae.encode(resid)))
+
+
+def benign_resids(toy: Toy, *, count: int) -> Iterator[torch.Tensor]:
+    """Yield the stream on random prompts, without BOS."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(toy.model)
-    sae = load_sae(toy.folder / "sae", format="guard")
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(4, 124, (count, 25), generator=generator)
     prompts[:, 0] = 1
     with torch.no_grad():
         states = model(prompts, output_hidden_states=True).hidden_states
-    for resid in states[2][:, 1:]:
-        yield Activations(resid, resid - sae.decode(sae.encode(resid)))
+    yield from states[2][:, 1:]
 
 
 @dataclass(frozen=True)
@@ -127,12 +223,17 @@ def guard_command(*arguments: str) -> list[str]:
 def guard_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return an environment in which small servers share this machine."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("GUARD_")}
-    return inherited | {
+    environment = inherited | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         **(extra or {}),
     }
+    # Before, not instead of, where this process finds the code under test.
+    paths = [given.get("PYTHONPATH") for given in (extra or {}, inherited)]
+    if any(paths):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return environment
 
 
 def launch(

@@ -73,6 +73,7 @@ def _end(name: str, toy: Toy, folder: Path) -> Ending:
     """Start a server with a fault and watch it until it ends."""
     faults = Faults(folder)
     own = Toy(folder, toy.digest)
+    shutil.copytree(toy.model, own.model)
     shutil.copytree(toy.folder / "sae", folder / "sae")
     shutil.copy(toy.folder / "density.safetensors", folder)
     policy = own.write_policy("policy", TOY_POLICIES)

@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from e2e.serving import HOOK_POINT, TOY_POLICIES, Toy
+from e2e.serving import HOOK_POINT, TOY_POLICIES, Toy, calibrate_score
 from e2e.stepped import Answer, Ask
 from e2e.tripwires import LONG_PROMPT, LOOPING_PROMPT, Tripwires
 from torch import Tensor
 
-from guard.calibration import fit_calibration, save_calibration
 from guard.hook import HookPoint
-from guard.monitor import Activations, Column, list_columns
+from guard.monitor import column_of, list_columns
 from guard.policy import load_policy
-from guard.sae.load import load_sae, save_sae, weights_digest
+from guard.sae.load import save_sae, weights_digest
 from guard.testing import toy_sae_parts
 
 LATE = "layers.2.resid_post"
@@ -66,7 +65,7 @@ class Traffic:
         policy_file = load_policy(self.policy_file)
         columns = list_columns(policy_file)
         return [
-            columns.index(Column(monitor.sae, monitor.score, str(monitor.calibration)))
+            columns.index(column_of(policy_file, monitor))
             for monitor in policy_file.policies[policy].monitors
         ]
 
@@ -99,7 +98,16 @@ def make_traffic(toy: Toy, tripwires: Tripwires) -> Traffic:
             f"  {name}: {{path: {name}, format: guard, hook_point: {at}, "
             f'sha256: "{digest}"}}\n'
         )
-    save_late_calibration(toy, model, draw)
+    # Of the error norm, on short benign prompts.
+    resids = [read_resid(model, LATE, draw_prompt(draw, 25)) for _ in range(60)]
+    calibrate_score(
+        toy,
+        "error_norm",
+        sae="late",
+        fitting=resids,
+        held=resids,
+        path="late.safetensors",
+    )
     policies = TOY_POLICIES.replace("policies:\n", "policies:\n" + POLICIES)
     body = saes + tripwires.add_to(policies)
     return Traffic(toy.write_policy("traffic", body), subjects)
@@ -143,21 +151,6 @@ def save_telling_sae(
     save_sae(folder, config, tensors)
 
 
-def save_late_calibration(toy: Toy, model: Any, draw: random.Random) -> None:
-    """Calibrate the error norm of the late SAE on short benign prompts."""
-    sae = load_sae(toy.folder / "late", format="guard")
-    resids = [read_resid(model, LATE, draw_prompt(draw, 25)) for _ in range(60)]
-    calibration = fit_calibration(
-        "error_norm",
-        hook_point=LATE,
-        fitting=Activations(resids[0], resids[0]),
-        held_out=[Activations(x, x - sae.decode(sae.encode(x))) for x in resids],
-        lengths=[2048],
-        provenance={"sae_sha256": weights_digest(toy.folder / "late", format="guard")},
-    )
-    save_calibration(calibration, toy.folder / "late.safetensors")
-
-
 def draw_neighbours(
     count: int,
     *,
@@ -192,7 +185,7 @@ def rounding(context: int = MOST_TOKENS) -> float:
     """
     norms, projections, down = 2 * 64, 3 * 64, 128
     attention = 32 + 2 * context  # a query's score, the softmax, the weighted values
-    sae = 64 + 96 + 64  # encode, decode, norm or whitener
+    sae = 64 + 96 + 64  # encode, decode, norm or ellipsoid
     return 2 * (3 * (norms + projections + attention + down) + sae) * 2.0**-24
 
 

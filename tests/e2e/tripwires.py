@@ -1,8 +1,8 @@
 """Calibrations whose real score alarms exactly where a test wants it.
 
-No fault is injected: a `density` calibration whose whitener has one chosen direction
-scores the stream along it, and the direction is solved for on transformers' own
-forward pass.
+No fault is injected: a `density` calibration whose ellipsoid is thin in one chosen
+direction scores the stream along it, and the direction is solved for on transformers'
+own forward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import yaml
 from e2e.serving import HOOK_POINT, Toy
+from specimens import make_ellipsoid
 from torch import Tensor
 
-from guard.calibration import Calibration, save_calibration
-from guard.monitor import Activations, density
+from guard.calibration import Calibration, Entry, save_calibration
+from guard.score import Activations, density
 
 PROMPT = "w3 w14 w15 w92 w65 w35 w89 w79 w32"
 """Its greedy continuation repeats itself late; 10 tokens with BOS."""
@@ -44,8 +45,8 @@ class Tripwire:
     prompt: str
     position: int
     """Where it alarms in the greedy run."""
-    whitener: Tensor
-    """`[d_model, num_directions]`"""
+    directions: Tensor
+    """Along which a row scores its length, `[d_model, num_directions]`."""
     threshold: float
     with_bos: bool = True
 
@@ -87,8 +88,8 @@ class Tripwires:
         tripwire = self.by_name[name]
         first = int(tokens[0] == BOS)
         scores = density(
-            Activations(self._resid(tokens)[first:], torch.empty(0)),
-            {"mean": torch.zeros(()), "whitener": tripwire.whitener},
+            Activations(self._resid(tokens)[first:]),
+            make_ellipsoid(tripwire.directions),
         )
         over = ~(scores <= tripwire.threshold)
         if not over.any():
@@ -168,16 +169,13 @@ class Tripwires:
         }
 
     def _save(self, name: str, tripwire: Tripwire) -> None:
+        statistics = make_ellipsoid(tripwire.directions)
         calibration = Calibration(
-            score="density",
-            hook_point=HOOK_POINT,
-            statistics={
-                "mean": torch.zeros(len(tripwire.whitener)),
-                "whitener": tripwire.whitener,
-            },
+            entries={"tripwire": Entry("density", HOOK_POINT, None, 1, statistics)},
             lengths=(2048,),
-            maxima=(torch.tensor([tripwire.threshold]),),
-            provenance={"sae_sha256": self._toy.digest},
+            scales=(torch.tensor([[0.0, 1.0]]),),
+            maxima=(torch.tensor([[tripwire.threshold]]),),
+            provenance=self._toy.provenance,
         )
         folder: Path = self._toy.folder / "tripwires"
         save_calibration(calibration, folder / f"{name}.safetensors")

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from specimens import make_calibration
 from vllm_guard import context
 
-from guard.calibration import Calibration, save_calibration
+from guard.calibration import save_calibration
+from guard.policy import load_policy
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
 
@@ -38,19 +40,16 @@ def write_policy(tmp_path: Path) -> Callable[..., Path]:
     """Write a policy folder, with `extra` lines at the end of its file."""
     save_toy_sae(tmp_path / "sae")
     digest = weights_digest(tmp_path / "sae", "guard")
-    calibration = Calibration(
-        score="error_norm",
-        hook_point="layers.1.resid_post",
-        statistics={},
-        lengths=(16, 64),
-        maxima=(torch.arange(1.0, 20.0), 100 * torch.arange(1.0, 20.0)),
-        provenance={"sae_sha256": digest},
-    )
-    save_calibration(calibration, tmp_path / "c.safetensors")
 
     def write(extra: str = "") -> Path:
         path = tmp_path / "policy.yaml"
         path.write_text(POLICY.format(digest=digest, extra=extra))
+        calibration = make_calibration(
+            load_policy(path),
+            lengths=(16, 64),
+            maxima=(torch.arange(1.0, 20.0), 100 * torch.arange(1.0, 20.0)),
+        )
+        save_calibration(calibration, tmp_path / "c.safetensors")
         return path
 
     return write
@@ -59,7 +58,7 @@ def write_policy(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start without any state, and leave none."""
-    for name in ("POLICY", "SECRET", "FINGERPRINT", "FAULT_FILE"):
+    for name in ("POLICY", "SECRET", "FINGERPRINT", "RECORD", "FAULT_FILE"):
         monkeypatch.delenv(f"GUARD_{name}", raising=False)
     context.reset()
     yield
