@@ -201,7 +201,7 @@ class _Search:
         # The row before the answer's first token is where that token is predicted.
         self._predicts = column >= len(column) - 1 - torch.tensor(behind)[:, None]
         self._labels = whole.tokens[:, 1:][self._predicts]
-        self._best = torch.cat(list(deltas))
+        self._best = torch.zeros_like(torch.cat(list(deltas)))
         self._best_loss = torch.full((len(wanted),), torch.inf)
         self._best_recovered = torch.zeros(len(wanted), dtype=torch.bool)
 
