@@ -29,6 +29,7 @@ __all__ = [
     "Watch",
     "column_of",
     "list_columns",
+    "stage_rows",
     "sum_up",
 ]
 
@@ -118,6 +119,28 @@ class Monitor(nn.Module):
             out[:, number] = torch.where(keep, scores, EXEMPT)
 
 
+def stage_rows(
+    stage: Stage | None, *, first: int, count: int, prompt_length: int
+) -> slice:
+    """Return which of `count` rows, the first at position `first`, are of a stage."""
+    begin, end = {
+        None: (0, first + count),
+        "prompt": (0, prompt_length),
+        "last_prompt": (prompt_length - 1, prompt_length),
+        "output": (prompt_length, first + count),
+    }[stage]
+    start = min(max(begin - first, 0), count)
+    return slice(start, min(max(end - first, start), count))
+
+
+def _stages_of(position: int, prompt_length: int) -> tuple[Stage | None, ...]:
+    if position >= prompt_length:
+        return None, "output"
+    if position < prompt_length - 1:
+        return None, "prompt"
+    return None, "prompt", "last_prompt"
+
+
 def sum_up(
     scores: npt.NDArray[np.float32], monitor: MonitorRule, *, prompt_length: int
 ) -> float:
@@ -132,12 +155,10 @@ def sum_up(
         monitor: Says which positions count, and the width of the window.
         prompt_length: How many of them belong to the prompt.
     """
-    stages: dict[Stage | None, slice] = {
-        None: slice(None),
-        "prompt": slice(prompt_length),
-        "output": slice(prompt_length, None),
-    }
-    means = _Running(0, window=monitor.window).smooth(scores[stages[monitor.stage]])
+    rows = stage_rows(
+        monitor.stage, first=0, count=len(scores), prompt_length=prompt_length
+    )
+    means = _Running(0, window=monitor.window).smooth(scores[rows])
     return float(means.max(initial=-math.inf))
 
 
@@ -151,7 +172,7 @@ class Reading:
     threshold: float
     position: int | None
     """Token position of the first alarm, else of the largest score."""
-    stage: Stage
+    stage: Literal["prompt", "output"]
     """Whether that position lies in the prompt or in the output."""
     alarm: bool
     """Whether a score was above the threshold, or was not a number."""
@@ -343,10 +364,10 @@ class Watch:
 
     def _observe_token(self, scores: Sequence[float], clamped: int) -> None:
         position = self.tokens_seen
-        stage: Stage = "prompt" if position < self._prompt_length else "output"
+        stages = _stages_of(position, self._prompt_length)
         for running in self._all:
             score = scores[running.column]
-            if running.stage in (None, stage) and (position or score != EXEMPT):
+            if running.stage in stages and (position or score != EXEMPT):
                 running.observe_token(score, position)
         self.tokens_seen += 1
         for rule in range(len(self.clamped_tokens)) if clamped else ():
@@ -382,14 +403,14 @@ class Watch:
         self, running: _Running, scores: npt.NDArray[np.float32], first: int
     ) -> slice:
         """Return which rows from position `first` on a monitor judges."""
+        rows = stage_rows(
+            running.stage,
+            first=first,
+            count=len(scores),
+            prompt_length=self._prompt_length,
+        )
         exempt = int(first == 0 and scores[0, running.column] == EXEMPT)
-        of_prompt = min(max(self._prompt_length - first, exempt), len(scores))
-        match running.stage:
-            case "prompt":
-                return slice(exempt, of_prompt)
-            case "output":
-                return slice(of_prompt, len(scores))
-        return slice(exempt, len(scores))
+        return slice(max(rows.start, exempt), max(rows.stop, exempt))
 
     @property
     def is_alarmed(self) -> bool:

@@ -54,8 +54,9 @@ Scope = Literal["token", "request"]
 """Where a condition must have held: at this token, or at any so far."""
 ScoreName = Literal["error_norm", "density", "error", "probe", "clamp_residual"]
 """What a monitor may watch."""
-Stage = Literal["prompt", "output"]
-"""Which tokens of a request: those it brought, or those the model wrote."""
+Stage = Literal["prompt", "last_prompt", "output"]
+"""Which tokens of a request: those it brought, the last one of them, at which the
+answer is decided, or those the model wrote."""
 OnAlarm = Literal["flag", "block"]
 """What an alarm does under `enforce`; under `observe` it is reported only."""
 

@@ -51,11 +51,7 @@ class Example(NamedTuple):
     ) -> "Example":
         """Cut a recording to what a monitor's probe looks at."""
         rows = recording.resid[at].float()
-        if monitor.stage == "prompt":
-            rows = rows[: recording.prompt_length]
-        elif monitor.stage == "output":
-            rows = rows[recording.prompt_length :]
-        return cls(rows, label, group)
+        return cls(rows[recording.of_stage(monitor)], label, group)
 
 
 class ProbeRecipe(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from guard.calibration import Calibration, Entry, check_lengths, fit_scales
 from guard.clamp import Clamp
 from guard.errors import CalibrationError
-from guard.monitor import sum_up
+from guard.monitor import stage_rows, sum_up
 from guard.policy import Monitor, PolicyFile
 from guard.sae.model import Sae
 from guard.score import SCORES, Activations, Statistics, drop_sinks
@@ -37,6 +37,15 @@ class Recording(NamedTuple):
     """How many of the rows belong to the prompt."""
     total_length: int
     """Most tokens the request could have had, prompt and output."""
+
+    def of_stage(self, monitor: Monitor) -> slice:
+        """Return which rows a monitor judges."""
+        return stage_rows(
+            monitor.stage,
+            first=0,
+            count=len(next(iter(self.resid.values()))),
+            prompt_length=self.prompt_length,
+        )
 
 
 class Reader:
@@ -208,8 +217,11 @@ _ENOUGH = 100
 def _gather(
     reader: Reader, monitor: Monitor, recordings: Sequence[Recording]
 ) -> Activations:
-    """Return the tokens that a monitor's statistics are fitted on."""
-    parts = [reader.activations([monitor], recording)[0] for recording in recordings]
+    """Return the tokens that a monitor's statistics are fitted on: of its stage."""
+    parts = [
+        reader.activations([monitor], recording)[0].select(recording.of_stage(monitor))
+        for recording in recordings
+    ]
     joined = Activations(
         *(
             None if part[0] is None else torch.cat(part)  # type: ignore[arg-type]

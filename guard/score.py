@@ -15,9 +15,9 @@ from guard.errors import CalibrationError
 
 __all__ = ["SCORES", "Activations", "Score", "Statistics", "drop_sinks"]
 
-RANK = 32
+RANK = 64
 """Leading directions that `density` and `error` keep apart from all others."""
-REGRESSION_RANK = 64
+REGRESSION_RANK = 96
 """Of the regression by which `error` predicts the SAE's error from the stream."""
 _RIDGE = 1e-3
 """Share of the stream's mean variance that is added to its covariance."""
@@ -37,8 +37,8 @@ class Activations(NamedTuple):
     """What the clamp left: the largest clamped latent, encoded again, `[num_tokens]`;
     0 where nothing is clamped."""
 
-    def select(self, rows: Tensor) -> "Activations":
-        """Return some of the tokens, by a mask or by indices."""
+    def select(self, rows: Tensor | slice) -> "Activations":
+        """Return some of the tokens."""
         error = None if self.error is None else self.error[rows]
         left = None if self.left is None else self.left[rows]
         return Activations(self.resid[rows], error, left)

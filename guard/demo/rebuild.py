@@ -79,16 +79,20 @@ policies:
     clamps:
       - {{name: jailbreak, sae: {name}, latents: {latents}, law: ablate}}
     monitors:
-      - {{name: recovery, sae: {name}, score: density,
-         calibration: calib/default.safetensors, target_fpr: 0.004, on_alarm: block}}
-      - {{name: innovation, sae: {name}, score: error,
+      # What an answer that the clamp should have stopped looks like where it begins.
+      - {{name: intent, hook_point: layers.5.resid_post, score: density,
+         stage: last_prompt, calibration: calib/default.safetensors,
+         target_fpr: 0.004, on_alarm: block}}
+      - {{name: recovery, hook_point: {hook_point}, score: density,
+         stage: last_prompt, calibration: calib/default.safetensors,
+         target_fpr: 0.002, on_alarm: block}}
+      - {{name: innovation, sae: {name}, score: error, stage: prompt,
          calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: block}}
+      # At the clamped layer: what an edit of the prompt behind it cannot move.
       - {{name: content, hook_point: {hook_point}, score: probe,
          probe: probes/content.safetensors, stage: output, window: 4,
-         calibration: calib/default.safetensors, target_fpr: 0.004, on_alarm: block}}
+         calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: block}}
       - {{name: error, sae: {name}, score: error_norm,
-         calibration: calib/default.safetensors, target_fpr: 0.01, on_alarm: flag}}
-      - {{name: left, sae: {name}, score: clamp_residual,
          calibration: calib/default.safetensors, target_fpr: 0.01, on_alarm: flag}}
   open: {{mode: enforce, clamps: [], monitors: []}}
 public_policies: [default, open]
