@@ -84,6 +84,8 @@ def check(policy: Annotated[Path, typer.Argument(help="The policy file.")]) -> N
             f"{name}: {entry.mode}, {len(entry.clamps)} clamps, "
             f"{len(entry.monitors)} monitors, {fingerprint(policy_file, name)[:12]}"
         )
+    for drill in policy_file.drills:
+        typer.echo(f"drill {drill.name}: {drill.position} behind {drill.sae}")
 
 
 @app.command()

@@ -6,6 +6,7 @@ A message says what is wrong, then what would be right. The tree:
     ├── PolicyError        the policy file cannot be used as it is
     ├── SaeError           an SAE file cannot be used, or is not the one it claims
     ├── CalibrationError   a calibration does not fit what it is to judge
+    ├── DrillError         a stored edit of a fire drill cannot be used
     ├── RequestError       a client asked for what it may not have
     └── EngineError        an engine, or an option of it, the guard cannot work on
 """
@@ -14,6 +15,7 @@ from typing import Literal
 
 __all__ = [
     "CalibrationError",
+    "DrillError",
     "EngineError",
     "GuardError",
     "PolicyError",
@@ -36,6 +38,10 @@ class SaeError(GuardError):
 
 class CalibrationError(GuardError):
     """A calibration that does not fit the SAE, the model or the score."""
+
+
+class DrillError(GuardError):
+    """A stored edit of a fire drill that is damaged or fits something else."""
 
 
 class RequestError(GuardError):
