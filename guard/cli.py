@@ -24,9 +24,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_LOCAL = "http://localhost:8000"
 _INTERRUPTED = 130
 """What a shell expects of a command that Ctrl-C ended."""
 
+UrlOption = Annotated[str, typer.Option("--url", help="Of the server.")]
+KeyOption = Annotated[
+    str,
+    typer.Option("--api-key", envvar="VLLM_API_KEY", help="Where it checks keys."),
+]
 PolicyOption = Annotated[Path, typer.Option("--policy", help="The policy file.")]
 
 
@@ -89,12 +95,36 @@ def check(policy: Annotated[Path, typer.Argument(help="The policy file.")]) -> N
 
 
 @app.command()
-def status(
-    url: Annotated[str, typer.Option(help="Of the server.")] = "http://localhost:8000",
-    api_key: Annotated[
-        str, typer.Option(envvar="VLLM_API_KEY", help="Where the server checks keys.")
+def drill(
+    *,
+    url: UrlOption = _LOCAL,
+    admin_token: Annotated[
+        str,
+        typer.Option(envvar="GUARD_ADMIN_TOKEN", help="As the server was given it."),
     ] = "",
+    api_key: KeyOption = "",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Run them under; may be given again. Default: the server's."),
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Send prompts as plain text, not as a chat.")
+    ] = False,
 ) -> None:
+    """Bring the suppressed behaviour back on purpose, and see who notices."""
+    from guard.exercise import run_drills
+
+    run_drills(
+        url,
+        admin_token=admin_token,
+        api_key=api_key,
+        policies=policy or [None],
+        route="completions" if text else "chat/completions",
+    )
+
+
+@app.command()
+def status(url: UrlOption = _LOCAL, api_key: KeyOption = "") -> None:
     """Show what a running server says of its guard."""
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from guard.calibration import Calibration
 from guard.check import check_targets, load_calibrations
+from guard.drill import RecoveryEdit, load_edits
 from guard.errors import GuardError, PolicyError
 from guard.monitor import Column, list_columns
 from guard.policy import (
@@ -78,6 +79,8 @@ class Context:
     columns: tuple[Column, ...]
     calibrations: dict[str, Calibration]
     """By path, as the monitors name them."""
+    edits: dict[str, RecoveryEdit]
+    """Of the drills, by name, in their order."""
     secret: bytes
     rows: "StepRows | None" = None
     """In a worker: the row map, once the model is loaded."""
@@ -93,6 +96,10 @@ class Context:
     def slot(self, policy: str) -> int:
         """Return the slot of a policy; 0 is no policy at all."""
         return list(self.policy_file.policies).index(policy) + 1
+
+    def drill(self, name: str | None) -> int:
+        """Return the number of a drill; 0 is no drill at all."""
+        return 0 if name is None else list(self.edits).index(name) + 1
 
 
 _context: Context | None = None
@@ -134,6 +141,7 @@ def enter() -> bool:
         },
         columns=list_columns(policy_file),
         calibrations=calibrations,
+        edits=load_edits(policy_file),
         secret=bytes.fromhex(os.environ[SECRET_VARIABLE]),
     )
     return True

@@ -81,7 +81,9 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
     )
     saes = load_saes(state.policy_file)
     check_widths(saes, config.model_config.get_hidden_size())
-    guards = build_guards(state.policy_file, saes, state.calibrations, step)
+    guards = build_guards(
+        state.policy_file, saes, state.calibrations, step, edits=state.edits
+    )
     for at in guards:
         check_layer(at, len(layers))
     parts = list(guards.values())
@@ -99,7 +101,13 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
         )
         _hook_layer(layer, index)
         selftest.check_canary(guard, state.policy_file, dtype=config.model_config.dtype)
-    state.rows = StepRows(step, num_hooks=len(parts), default_slot=default_slot())
+    drills = enumerate(state.policy_file.drills, 1)
+    state.rows = StepRows(
+        step,
+        num_hooks=len(parts),
+        default_slot=default_slot(),
+        whole_prompt={i for i, drill in drills if drill.position == "all_prompt"},
+    )
     _salt_compile_cache(config, parts)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from vllm_guard import context
 
-from guard.errors import CalibrationError, EngineError, PolicyError
+from guard.errors import CalibrationError, DrillError, EngineError, PolicyError
 from guard.request import TICKET_KEY, read_ticket
 
 
@@ -76,6 +76,20 @@ def test_a_calibration_that_is_too_small_stops_the_start(
     monkeypatch.setenv("GUARD_POLICY", str(path))
     with pytest.raises(CalibrationError, match="at least 99"):
         context.enter()
+
+
+@pytest.mark.usefixtures("clean_process")
+def test_a_drill_that_does_not_fit_stops_the_start(
+    write_policy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = "drills: [{name: d, sae: s, delta: all_prompt.safetensors}]"
+    monkeypatch.setenv("GUARD_POLICY", str(write_policy(wrong)))
+    with pytest.raises(DrillError, match="was found for position all_prompt"):
+        context.enter()
+
+
+def test_drills_are_counted_from_one_in_file_order(drilled: context.Context) -> None:
+    assert [drilled.drill(name) for name in (None, "last", "whole")] == [0, 1, 2]
 
 
 def test_slots_are_counted_from_one_in_file_order(state: context.Context) -> None:
