@@ -199,22 +199,29 @@ def reset() -> None:
     os.environ.pop(FINGERPRINT_VARIABLE, None)
 
 
-def sampling_args(policy: str, *, trace: Trace) -> dict[str, Any]:
-    """Return `extra_args` with a ticket for `policy`.
+def sampling_args(
+    policy: str, *, trace: Trace, drill: str | None = None
+) -> dict[str, Any]:
+    """Return `extra_args` with a ticket for `policy`, and for a drill.
 
     Raises:
-        PolicyError: The policy file has no such policy.
+        PolicyError: The policy file has no such policy or drill.
     """
     context = get()
     if policy not in context.policy_file.policies:
         known = ", ".join(context.policy_file.policies)
         message = f"Unknown policy {policy!r}; expected one of {known}."
         raise PolicyError(message)
+    if drill is not None and drill not in context.edits:
+        known = ", ".join(context.edits) or "none"
+        message = f"Unknown drill {drill!r}; expected one of {known}."
+        raise PolicyError(message)
     ticket = Ticket(
         guard_id=uuid.uuid4().hex,
         policy=policy,
         trace=trace,
         expires=time.time() + TICKET_SECONDS,
+        drill=drill,
     )
     return {TICKET_KEY: sign_ticket(ticket, context.secret)}
 

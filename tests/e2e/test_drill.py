@@ -5,13 +5,22 @@ import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from e2e.drills import ADMIN_TOKEN, POSITIONS, PROMPT, Drills
-from e2e.serving import Server, guard_command, guard_environment
+from e2e.serving import (
+    TOY_POLICIES,
+    Server,
+    Toy,
+    guard_command,
+    guard_environment,
+)
+from e2e.stepped import Ask, step_engine
 from e2e.test_salt import PREFIX, count_cached, make_prompt
+from e2e.traffic import draw_prompt
 from e2e.wire import Answer, ask
 
 ADMIN = {"x-guard-admin-token": ADMIN_TOKEN}
@@ -32,6 +41,12 @@ def said(answer: Answer) -> tuple[object, ...]:
     return answer.choices, guard
 
 
+def distance(one: Answer, other: Answer) -> float:
+    """Return how far the logprobs of two answers are apart, at most."""
+    pairs = zip(one.choices[0].logprobs, other.choices[0].logprobs, strict=True)
+    return max(abs(a - b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", POSITIONS)
 @pytest.mark.parametrize("prompt", [PROMPT, "w40", "w1 w2 w3 w4 w5 w6 w7 w8"])
@@ -43,8 +58,7 @@ def test_a_drill_answers_as_transformers_does_with_the_same_edit(
     expected = drills.continue_drilled(drills.encode(prompt), name, count=24)
     assert drilled.choices[0].token_ids == expected
     assert drilled.guard["drill"] == name
-    first, last = clean.choices[0].logprobs[0], drilled.choices[0].logprobs[0]
-    assert abs(first - last) > 0.1
+    assert distance(clean, drilled) > 0.1
     again = ask(toy_server, prompt, "open", logprobs=1, stream=stream)
     assert said(again) == said(clean)
     assert "drill" not in again.guard
@@ -76,9 +90,8 @@ def test_what_a_drill_computes_is_found_by_nobody(
     assert cached == [0, 0, 0, PREFIX, 0]
     assert said(drilled[0]) == said(drilled[1]) == said(again)
     assert clean[0].choices[0].token_ids == clean[1].choices[0].token_ids
-    first = [answer.choices[0].logprobs[0] for answer in (*clean, again)]
-    assert abs(first[0] - first[1]) < 0.001
-    assert abs(first[0] - first[2]) > 0.1
+    assert distance(*clean) < 0.001
+    assert distance(clean[0], again) > 0.1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -246,6 +259,40 @@ def test_a_drill_in_the_middle_of_traffic_changes_no_other_answer(
     ]
     assert len(changed) == 40
     assert all(changed)
+
+
+def test_a_drill_is_the_same_in_chunks_and_after_preemption(
+    toy: Toy, drills: Drills, tmp_path: Path
+) -> None:
+    draw = random.Random(6)
+    policy_file = toy.write_policy("stepped", drills.add_to(TOY_POLICIES))
+    subjects = [
+        Ask(draw_prompt(draw, length), "open", 80, drill=name)
+        for length, name in ((90, "last"), (70, "whole"), (1, "last"), (64, None))
+    ]
+    crowd = [Ask(draw_prompt(draw, 40), "open", 150) for _ in range(15)]
+    with step_engine(
+        toy.model, policy_file, tmp_path, num_gpu_blocks_override=64
+    ) as engine:
+        alone = engine.run([*subjects, *crowd[:4]])
+        chunks = engine.run([*subjects, *crowd[:4]], chunk=16)
+        # Who comes last is preempted first.
+        pressed = engine.run([*crowd, *subjects], chunk=64)
+    ours = pressed[len(crowd) :]
+    assert any(answer.preemptions for answer in ours[:2])
+    for index, subject in enumerate(subjects):
+        several = (alone[index], chunks[index], ours[index])
+        for answer in several:
+            assert answer.guard is not None
+            assert answer.guard.get("drill") == subject.drill
+        tokens = [answer.tokens for answer in several]
+        # A BOS alone is a prompt without a token that may be edited.
+        if subject.drill is not None and len(subject.prompt) > 1:
+            expected = drills.continue_drilled(subject.prompt, subject.drill, count=80)
+            assert tokens[0] == expected
+        assert tokens[0] == tokens[1] == tokens[2]
+    for index in range(4):
+        assert pressed[index].tokens == alone[len(subjects) + index].tokens
 
 
 # The command

@@ -117,6 +117,17 @@ def test_an_operator_gets_a_ticket_for_any_policy_of_the_file(
         context.sampling_args("x", trace="none")
 
 
+def test_an_operator_gets_a_ticket_for_any_drill_of_the_file(
+    drilled: context.Context,
+) -> None:
+    args = context.sampling_args("open", trace="none", drill="whole")
+    ticket = read_ticket(args[TICKET_KEY], drilled.secret, now=time.time())
+    assert ticket is not None
+    assert (ticket.policy, ticket.drill) == ("open", "whole")
+    with pytest.raises(PolicyError, match="'x'; expected one of last, whole"):
+        context.sampling_args("open", trace="none", drill="x")
+
+
 def test_a_salt_depends_on_the_policy_and_on_the_client_and_never_mixes_them() -> None:
     salts = [
         context.cache_salt(policy, client)
