@@ -32,7 +32,7 @@ class Drills:
         self._toy = toy
         self._model = AutoModelForCausalLM.from_pretrained(toy.model)
         self._tokenizer = AutoTokenizer.from_pretrained(toy.model)
-        generator = torch.Generator().manual_seed(11)
+        generator = torch.Generator().manual_seed(12)
         self.deltas = {
             name: 20 * torch.randn(64, generator=generator) for name in POSITIONS
         }
