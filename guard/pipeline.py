@@ -267,10 +267,12 @@ def _compile_drills(
     parts: Sequence[Dictionary],
 ) -> Tensor | None:
     """Return what each drill adds at the hook point of `parts`, None if none does."""
-    width = parts[0].sae.d_model
+    widths = {part.name: part.sae.d_model for part in parts}
+    own = [(i, d) for i, d in enumerate(policy_file.drills, 1) if d.sae in widths]
+    if not own:
+        return None
+    width = widths[own[0][1].sae]
     table = torch.zeros(len(policy_file.drills) + 1, width)
-    names = {part.name for part in parts}
-    own = [(i, d) for i, d in enumerate(policy_file.drills, 1) if d.sae in names]
     for number, drill in own:
         delta = edits[drill.name].delta
         if len(delta) != width:
@@ -280,7 +282,7 @@ def _compile_drills(
             )
             raise DrillError(message)
         table[number] = delta
-    return table if own else None
+    return table
 
 
 def _check_calibration(
