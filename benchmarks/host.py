@@ -166,6 +166,7 @@ def _make_runner(
         input_batch=SimpleNamespace(
             req_ids=list(requests),
             num_computed_tokens_cpu=np.full(size, PROMPT_TOKENS, dtype=np.int32),
+            num_prompt_tokens=np.full(size, PROMPT_TOKENS, dtype=np.int32),
             token_ids_cpu=np.ones((size, 4), dtype=np.int32),
             is_token_ids=np.ones((size, 4), dtype=bool),
             block_table=SimpleNamespace(block_tables=[table]),

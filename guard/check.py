@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from guard.calibration import Calibration, load_calibration, share_budgets
+from guard.drill import load_edits
 from guard.errors import CalibrationError
 from guard.monitor import list_columns
 from guard.pipeline import StepBuffers, build_guards
@@ -41,17 +42,18 @@ def check_policy(policy_file: PolicyFile) -> dict[str, Sae]:
     calibrations = load_calibrations(policy_file)
     check_calibrations(policy_file, calibrations)
     step = StepBuffers(max_tokens=1, max_requests=1, num_columns=len(columns))
-    build_guards(policy_file, saes, calibrations, step)
+    edits = load_edits(policy_file)
+    build_guards(policy_file, saes, calibrations, step, edits=edits)
     return saes
 
 
 def load_saes(policy_file: PolicyFile) -> dict[str, Sae]:
-    """Load the SAEs that any policy clamps or monitors, by name.
+    """Load the SAEs that any policy clamps or monitors, or a drill names, by name.
 
     Raises:
         SaeError: A file is missing, or is not the one named.
     """
-    used: set[str] = set()
+    used = {drill.sae for drill in policy_file.drills}
     for policy in policy_file.policies.values():
         used.update(rule.sae for rule in policy.clamps)
         used.update(monitor.sae for monitor in policy.monitors if monitor.sae)

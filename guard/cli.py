@@ -25,9 +25,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_LOCAL = "http://localhost:8000"
 _INTERRUPTED = 130
 """What a shell expects of a command that Ctrl-C ended."""
 
+UrlOption = Annotated[str, typer.Option("--url", help="Of the server.")]
+KeyOption = Annotated[
+    str,
+    typer.Option("--api-key", envvar="VLLM_API_KEY", help="Where it checks keys."),
+]
 PolicyOption = Annotated[Path, typer.Option("--policy", help="The policy file.")]
 
 
@@ -85,6 +91,8 @@ def check(policy: Annotated[Path, typer.Argument(help="The policy file.")]) -> N
             f"{name}: {entry.mode}, {len(entry.clamps)} clamps, "
             f"{len(entry.monitors)} monitors, {fingerprint(policy_file, name)[:12]}"
         )
+    for drill in policy_file.drills:
+        typer.echo(f"drill {drill.name}: {drill.position} behind {drill.sae}")
 
 
 probe_app = typer.Typer(no_args_is_help=True)
@@ -97,9 +105,6 @@ NameOption = Annotated[
     str, typer.Option(help="The policy of the file; its default without.")
 ]
 PromptsOption = Annotated[Path, typer.Option(help="JSON lines, see the README.")]
-KeyOption = Annotated[
-    str, typer.Option(envvar="VLLM_API_KEY", help="Where the server checks keys.")
-]
 DtypeOption = Annotated[str, typer.Option(help="As the server will run it.")]
 LengthOption = Annotated[int | None, typer.Option(help="Longest context, in tokens.")]
 
@@ -230,10 +235,36 @@ def _offline() -> ModuleType:
 
 
 @app.command()
-def status(
-    url: Annotated[str, typer.Option(help="Of the server.")] = "http://localhost:8000",
+def drill(
+    *,
+    url: UrlOption = _LOCAL,
+    admin_token: Annotated[
+        str,
+        typer.Option(envvar="GUARD_ADMIN_TOKEN", help="As the server was given it."),
+    ] = "",
     api_key: KeyOption = "",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Run them under; may be given again. Default: the server's."),
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Send prompts as plain text, not as a chat.")
+    ] = False,
 ) -> None:
+    """Bring the suppressed behaviour back on purpose, and see who notices."""
+    from guard.command.drill import run_drills
+
+    run_drills(
+        url,
+        admin_token=admin_token,
+        api_key=api_key,
+        policies=policy or [None],
+        route="completions" if text else "chat/completions",
+    )
+
+
+@app.command()
+def status(url: UrlOption = _LOCAL, api_key: KeyOption = "") -> None:
     """Show what a running server says of its guard."""
     from guard.client import Client
 

@@ -23,44 +23,55 @@ _SECONDS = 600
 class Client:
     """Talks to a server by URL, as any OpenAI client would."""
 
-    def __init__(self, url: str, *, api_key: str = "", policy: str = "") -> None:
+    def __init__(
+        self, url: str, *, api_key: str = "", policy: str = "", admin_token: str = ""
+    ) -> None:
         """Know the server; nothing is asked yet.
 
         Args:
             url: Of the server, without /v1.
             api_key: Where the server checks keys.
             policy: The policy that requests run under; the server's choice without.
+            admin_token: As the server has it in its environment.
         """
         self._url = url.rstrip("/")
         self._headers = {"content-type": "application/json"}
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
+        if admin_token:
+            self._headers["x-guard-admin-token"] = admin_token
         self._policy = {"policy": policy} if policy else {}
 
-    def call(
-        self,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-    ) -> Any:
+    def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Return the JSON of an answer; a body makes it a POST.
 
         Raises:
             EngineError: The server cannot be reached, or refuses; its words are kept.
         """
         try:
-            request = urllib.request.Request(
-                self._url + path,
-                data=None if body is None else json.dumps(body).encode(),
-                headers={**self._headers, **(headers or {})},
-            )
+            return json.loads(self.fetch(path, body))
+        except ValueError as error:
+            message = f"{self._url} does not answer as a guarded server: {error}."
+            raise EngineError(message) from error
+
+    def fetch(self, path: str, body: Mapping[str, Any] | None = None) -> bytes:
+        """Return an answer as it comes; otherwise like `call`."""
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = urllib.request.Request(self._url + path, data, self._headers)
             with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-                return json.load(answer)
+                return bytes(answer.read())
         except urllib.error.HTTPError as error:
             message = f"{self._url}{path} answered {error.code}: {_words(error)}"
             raise EngineError(message) from error
-        except (OSError, ValueError, HTTPException) as error:
+        except ValueError as error:
+            # Whose own words would hold the headers, and with them the token.
+            message = (
+                f"{self._url} does not answer as a guarded server; expected a URL such "
+                "as http://localhost:8000, and a token and a key that fit a header."
+            )
+            raise EngineError(message) from error
+        except (OSError, HTTPException) as error:
             message = f"{self._url} does not answer as a guarded server: {error}."
             raise EngineError(message) from error
 

@@ -7,6 +7,7 @@ A message says what is wrong, then what would be right. The tree:
     ├── SaeError           an SAE file cannot be used, or is not the one it claims
     ├── CalibrationError   a calibration does not fit what it is to judge
     ├── PromptError        a file of prompts cannot be read
+    ├── DrillError         a stored edit of a fire drill cannot be used
     ├── RequestError       a client asked for what it may not have
     └── EngineError        an engine, or an option of it, the guard cannot work on
 """
@@ -15,6 +16,7 @@ from typing import Literal
 
 __all__ = [
     "CalibrationError",
+    "DrillError",
     "EngineError",
     "GuardError",
     "PolicyError",
@@ -42,6 +44,10 @@ class CalibrationError(GuardError):
 
 class PromptError(GuardError):
     """A file of prompts that is missing or malformed."""
+
+
+class DrillError(GuardError):
+    """A stored edit of a fire drill that is damaged or fits something else."""
 
 
 class RequestError(GuardError):

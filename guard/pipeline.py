@@ -5,6 +5,7 @@ Runs in the worker, inside the graph, on buffers that live as long as the model.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from guard.calibration import Calibration
 from guard.clamp import Clamp, Rows
-from guard.errors import CalibrationError
+from guard.drill import RecoveryEdit
+from guard.errors import CalibrationError, DrillError
 from guard.hook import HookPoint
 from guard.monitor import Column, Monitor, list_columns
 from guard.policy import MAX_RULES, PolicyFile
@@ -51,7 +53,7 @@ class StepBuffers(nn.Module):
     what goes out another, so that each takes one copy.
     """
 
-    rows_in: Tensor  # [max_tokens, 3] slot, request and start of `Rows`
+    rows_in: Tensor  # [max_tokens, 4] slot, request and start of `Rows`, and drill
     state: Tensor  # [max_requests + 1, MAX_RULES] sticky conditions met so far
     readings: Tensor  # [max_tokens, num_columns + 3] int32: bits of `scores`, `marks`
 
@@ -63,7 +65,7 @@ class StepBuffers(nn.Module):
             tensor = torch.zeros(shape, dtype=dtype)
             self.register_buffer(name, tensor, persistent=False)
 
-        buffer("rows_in", (max_tokens, 3), torch.int64)
+        buffer("rows_in", (max_tokens, 4), torch.int64)
         buffer("state", (max_requests + 1, MAX_RULES), torch.uint8)
         buffer("readings", (max_tokens, num_columns + len(Marks._fields)), torch.int32)
 
@@ -79,8 +81,12 @@ class StepBuffers(nn.Module):
 
     def rows(self, num_tokens: int) -> Rows:
         """Return whose tokens the first `num_tokens` rows are."""
-        slot, request, start = self.rows_in[:num_tokens].unbind(1)
+        slot, request, start, _ = self.rows_in[:num_tokens].unbind(1)
         return Rows(slot, request, start)
+
+    def drills_of(self, num_tokens: int) -> Tensor:
+        """Return the drill of each of the first `num_tokens` rows; 0 is none."""
+        return self.rows_in[:num_tokens, 3]
 
     def marks_of(self, num_tokens: int) -> Marks:
         """Return what the hooks noted on the first `num_tokens` rows."""
@@ -119,12 +125,16 @@ class Dictionary:
 class Guard(nn.Module):
     """Clamp and monitor at one hook point, for the rows of all policies at once."""
 
+    drills: Tensor | None
+
     def __init__(
         self,
         hook_point: HookPoint,
         dictionaries: Sequence[Dictionary],
         monitor: Monitor,
         step: StepBuffers,
+        *,
+        drills: Tensor | None = None,
     ) -> None:
         """Keep the parts; `build_guards` makes them from a policy file.
 
@@ -133,6 +143,8 @@ class Guard(nn.Module):
             dictionaries: The SAEs there.
             monitor: The scores that need none.
             step: What the guards of all hook points share.
+            drills: What each drill adds here, fp32 `[num_drills + 1, d_model]`, row 0
+                and those of drills of other hook points zeros; None without one here.
         """
         super().__init__()
         self.hook_point = hook_point
@@ -142,6 +154,7 @@ class Guard(nn.Module):
         # Registered, so that the tensors follow the model they are attached to.
         self.clamps = nn.ModuleList(part.clamp for part in dictionaries)
         self.monitors = nn.ModuleList(part.monitor for part in dictionaries)
+        self.register_buffer("drills", drills, persistent=False)
         self.has_clamps = any(len(part.clamp.columns) for part in dictionaries)
         self.has_monitors = len(monitor) > 0 or any(map(_decodes, dictionaries))
 
@@ -150,11 +163,11 @@ class Guard(nn.Module):
 
         Args:
             hidden_states: A layer's output, `[num_tokens, d_model]`, any float dtype;
-                the clamp's delta is added to it.
+                the clamp's delta is added to it, and behind it that of a drill.
             residual: The other half of the stream, where the layer returns two.
         """
         rows = self.step.rows(len(hidden_states))
-        if self.has_clamps:
+        if self.has_clamps or self.drills is not None:
             self._clamp(hidden_states, residual, rows)
         if self.has_monitors:
             self._monitor(read_resid(hidden_states, residual), rows)
@@ -175,6 +188,10 @@ class Guard(nn.Module):
             touched |= clamped.touched
             marks.clamped.bitwise_or_(clamped.clamped)
             marks.fired.bitwise_or_(clamped.fired)
+        if self.drills is not None:
+            edit = self.drills[self.step.drills_of(len(resid))]
+            total += edit
+            touched |= edit.ne(0).any(1)
         moved = (hidden_states.float() + total).to(hidden_states.dtype)
         # A row that nothing touches keeps its bits: -0.0 + 0.0 would not.
         hidden_states.copy_(torch.where(touched[:, None], moved, hidden_states))
@@ -211,6 +228,7 @@ def build_guards(
     calibrations: Mapping[str, Calibration],
     step: StepBuffers,
     *,
+    edits: Mapping[str, RecoveryEdit] = MappingProxyType({}),
     d_model: int | None = None,
     hook_points: Iterable[HookPoint] = (),
 ) -> dict[HookPoint, Guard]:
@@ -221,10 +239,12 @@ def build_guards(
         saes: The SAEs any policy uses, by name.
         calibrations: By path, as the monitors name them.
         step: What all guards read and write.
+        edits: Of each drill of the file, by name.
         d_model: Width of the stream; that of the SAEs when left out.
         hook_points: Further places that get a guard, for whoever records there.
 
     Raises:
+        DrillError: The edit of a drill is not as wide as its SAE.
         CalibrationError: A calibration's statistics do not fit the stream.
         SaeError: A rule does not fit its SAE.
     """
@@ -266,8 +286,33 @@ def build_guards(
             for i, column in columns
             if column.sae is None and HookPoint.parse(column.hook_point) == at
         ]
-        guards[at] = Guard(at, parts, make_monitor(bare), step)
+        drills = _compile_drills(policy_file, edits, parts)
+        guards[at] = Guard(at, parts, make_monitor(bare), step, drills=drills)
     return guards
+
+
+def _compile_drills(
+    policy_file: PolicyFile,
+    edits: Mapping[str, RecoveryEdit],
+    parts: Sequence[Dictionary],
+) -> Tensor | None:
+    """Return what each drill adds at the hook point of `parts`, None if none does."""
+    widths = {part.name: part.sae.d_model for part in parts}
+    own = [(i, d) for i, d in enumerate(policy_file.drills, 1) if d.sae in widths]
+    if not own:
+        return None
+    width = widths[own[0][1].sae]
+    table = torch.zeros(len(policy_file.drills) + 1, width)
+    for number, drill in own:
+        delta = edits[drill.name].delta
+        if len(delta) != width:
+            message = (
+                f"{drill.delta}: its delta is {len(delta)} wide; expected {width}, as "
+                f"SAE {drill.sae!r} is."
+            )
+            raise DrillError(message)
+        table[number] = delta
+    return table
 
 
 def _check_statistics(

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -59,6 +58,8 @@ Stage = Literal["prompt", "last_prompt", "output"]
 answer is decided, or those the model wrote."""
 OnAlarm = Literal["flag", "block"]
 """What an alarm does under `enforce`; under `observe` it is reported only."""
+Position = Literal["last_prompt", "all_prompt"]
+"""Where a drill's edit is added: the last token of the prompt, or all of them."""
 
 _T = TypeVar("_T")
 
@@ -67,6 +68,8 @@ MAX_RULES = 24
 MAX_MONITORS = 32
 MAX_TARGET = 0.5
 """Largest share of benign requests that the monitors of a policy may alarm on."""
+MAX_DRILLS = 64
+"""Drills of a file: each is a row of a table in the worker."""
 MAX_FILE_BYTES = 1 << 20
 
 _LATER: Mapping[str, frozenset[str]] = {
@@ -126,12 +129,6 @@ def _resolve(value: Path, info: ValidationInfo) -> Path:
     if not value.name or "\0" in str(value):
         _refuse(f"{shorten(str(value))} is not the path of a file or folder")
     return Path((info.context or {}).get("folder", "")) / value
-
-
-def _refuse_entries(value: object) -> tuple[()]:
-    if value:
-        _refuse("is not built yet; leave the key out", kind="later")
-    return ()
 
 
 def _refuse_stable(value: bool) -> bool:
@@ -309,16 +306,16 @@ class Policy(_Frozen):
 
 
 class Drill(_Frozen):
-    """A stored recovery edit that an administrator may ask for; not built yet."""
+    """A stored recovery edit, added to a request that an administrator names it in."""
 
     name: Name
     """What a request names."""
     sae: Name
     """Key of `saes`; the edit is added behind its clamps."""
     delta: FilePath
-    """The edit; relative to the policy file."""
-    position: Literal["last_prompt"] = "last_prompt"
-    """Which token it is added to."""
+    """The edit, as `guard.drill.save_edit` writes it; relative to the policy file."""
+    position: Position = "last_prompt"
+    """Which tokens it is added to; refused when it was found for others."""
 
 
 class Tenant(_Frozen):
@@ -353,8 +350,8 @@ class PolicyFile(_Frozen):
     """By the name that rules and monitors use."""
     policies: Annotated[Mapping[Name, Policy], Field(min_length=1)]
     """By the name that requests use; slot i is the i-th, slot 0 is no policy."""
-    drills: Annotated[tuple[Drill, ...], BeforeValidator(_refuse_entries)] = ()
-    """Fire drills."""
+    drills: Annotated[tuple[Drill, ...], Field(max_length=MAX_DRILLS)] = ()
+    """Fire drills; drill i is the i-th, counted from 1, 0 is no drill."""
     tenants: tuple[Tenant, ...] = ()
     """Who may use what; a key that is nobody's may use what is public."""
     default_policy: Name
@@ -394,6 +391,7 @@ class PolicyFile(_Frozen):
             )
         self._check_public()
         self._check_tenants()
+        self._check_drills()
         return self
 
     def hook_point(self, monitor: Monitor) -> str:
@@ -409,6 +407,7 @@ class PolicyFile(_Frozen):
         for policy in self.policies.values():
             found |= {self.saes[rule.sae].hook_point: None for rule in policy.clamps}
             found |= {self.hook_point(one): None for one in policy.monitors}
+        found |= {self.saes[drill.sae].hook_point: None for drill in self.drills}
         return tuple(found)
 
     def without_monitors(self) -> Self:
@@ -434,6 +433,19 @@ class PolicyFile(_Frozen):
             _refuse(
                 "is the key of another tenant already; expected one entry per key",
                 *("tenants", twice[0], "api_key_sha256"),
+            )
+
+    def _check_drills(self) -> None:
+        for index, drill in enumerate(self.drills):
+            if drill.sae not in self.saes:
+                offer = _offer(self.saes)
+                _refuse(
+                    f"{drill.sae!r} is not in saes; {offer}", "drills", index, "sae"
+                )
+        if twice := _first_repeat(drill.name.lower() for drill in self.drills):
+            _refuse(
+                f"{twice[1]!r} is already the name of another",
+                *("drills", twice[0], "name"),
             )
 
     def _check_offer(self, names: tuple[str, ...], *at: str | int) -> None:
@@ -536,15 +548,17 @@ def file_fingerprint(policy_file: PolicyFile) -> str:
     """Hash a whole policy file, for the processes of one server to compare.
 
     Unlike `fingerprint` it covers names and their order, which decide slots, and
-    who may use what.
+    who may use what, and the edits of its drills, which are no policy's.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        PolicyError: A calibration cannot be read.
+        PolicyError: A calibration or the edit of a drill cannot be read.
     """
     content = policy_file.model_dump(mode="json", exclude={"saes", "policies"})
+    for drill, dumped in zip(policy_file.drills, content["drills"], strict=True):
+        dumped["delta"] = _hash_file(drill.delta)
     saes = {name: _identify(source) for name, source in policy_file.saes.items()}
     policies = [[name, fingerprint(policy_file, name)] for name in policy_file.policies]
     return _hash({"schema": 1, **content, "saes": saes, "policies": policies})
@@ -617,6 +631,7 @@ _NOUNS: Mapping[str, str] = {
     "on_alarm": "an action",
     "unscored": "an action",
     "on_error": "a choice",
+    "position": "a position",
 }
 
 
@@ -650,6 +665,7 @@ def _model_at(location: Location) -> type[BaseModel]:
         "monitors": Monitor,
         "when": When,
         "tenants": Tenant,
+        "drills": Drill,
     }
     # Every second part is a name or an index; a policy may well be named 'when'.
     return models[location[::2][-1]] if location else PolicyFile

@@ -57,6 +57,8 @@ class Ticket:
     choices: int | None = None
     """How many of the engine's requests it lets in: the answer's choices. None is any
     number, for an operator's own use offline."""
+    drill: str | None = None
+    """Name of the fire drill that each of them is; an administrator asked for it."""
 
 
 def sign_ticket(ticket: Ticket, secret: bytes) -> str:
@@ -97,17 +99,17 @@ def read_ticket(text: object, secret: bytes, *, now: float) -> Ticket | None:
         return None
     try:
         fields = json.loads(base64.urlsafe_b64decode(payload.split(".")[1]))
-        guard_id, policy, trace, expires, choices = fields
+        guard_id, policy, trace, expires, choices, drill = fields
     except (ValueError, IndexError, TypeError):
         return None
     if not (isinstance(guard_id, str) and isinstance(policy, str)):
         return None
     if trace not in get_args(Trace) or not isinstance(expires, float):
         return None
-    if not isinstance(choices, int | None):
+    if not (isinstance(choices, int | None) and isinstance(drill, str | None)):
         return None
     # Written so that an expiry of NaN has expired.
-    ticket = Ticket(guard_id, policy, trace, expires, choices)
+    ticket = Ticket(guard_id, policy, trace, expires, choices, drill)
     return ticket if now < expires else None
 
 
@@ -159,8 +161,8 @@ class GuardField(BaseModel):
     """Name of the policy asked for; None leaves the choice to the server."""
     trace: Trace = "none"
     """How much of the readings the answer should show."""
-    drill: str | None = None
-    """Name of a stored recovery edit. Refused until drills are supported."""
+    drill: str | None = Field(default=None, min_length=1, max_length=128)
+    """Name of a fire drill; None, as for all but an administrator, is no drill."""
 
 
 def read_field(value: object) -> GuardField:
@@ -183,7 +185,7 @@ def read_field(value: object) -> GuardField:
         name = ".".join(str(part) for part in first["loc"])[:_SHOWN_CHARS]
         raise RequestError(
             f"'guard.{name}' is not valid: {first['msg']}; expected an object with "
-            "'policy' (a name) and 'trace' ('none', 'summary' or 'tokens').",
+            "'policy' (a name), 'trace' ('none' or 'summary') and 'drill' (a name).",
             param=f"guard.{name}",
         ) from error
     if field.trace == "tokens":
@@ -191,11 +193,6 @@ def read_field(value: object) -> GuardField:
             "'guard.trace' of 'tokens' is not supported yet; expected 'none' or "
             "'summary'.",
             param="guard.trace",
-        )
-    if field.drill is not None:
-        raise RequestError(
-            "'guard.drill' is not supported yet; expected a request without it.",
-            param="guard.drill",
         )
     return field
 

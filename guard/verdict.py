@@ -86,6 +86,8 @@ class Verdict:
     """Every monitor's number so far, in the shape of an alarm; only when traced."""
     reason: str | None = None
     """Why there is a flag or a block without an alarm, such as "unscored"."""
+    drill: str | None = None
+    """Name of the fire drill it was; told only where it was one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the `guard` object a client receives; numbers are JSON-safe.
@@ -108,6 +110,8 @@ class Verdict:
             body["readings"] = [_entry(reading) for reading in self.readings]
         if self.reason is not None:
             body["reason"] = self.reason
+        if self.drill is not None:
+            body["drill"] = self.drill
         return body
 
     def to_wire(self) -> dict[str, Any]:
@@ -163,6 +167,7 @@ class Verdict:
             clamped_tokens=dict(body["clamped_tokens"]),
             tokens_seen=body["tokens_seen"],
             reason=body.get("reason"),
+            drill=body.get("drill"),
         )
 
 

@@ -144,7 +144,7 @@ def guard_fields() -> Fields:
         optional={
             "policy": policies | st.sampled_from(PUBLIC),
             "trace": junk | st.sampled_from(["none", "tokens", "Summary"]),
-            "drill": junk,
+            "drill": junk | st.sampled_from(["fire", "", "d" * 5000]),
             "enabled": junk,
             "n" * 5000: junk,
         },

@@ -344,7 +344,7 @@ def _serve_step(
     for index, first, count in present:
         request = traffic.requests[index]
         share = slice(row, row + count)
-        step.rows_in[share] = torch.tensor([request.slot, index + 1, row])
+        step.rows_in[share] = torch.tensor([request.slot, index + 1, row, 0])
         if first == 0 and request.starts_with_bos:
             step.rows_in[row, 0] = 0
         for half, tensor in zip(

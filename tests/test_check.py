@@ -9,8 +9,9 @@ from specimens import make_calibration
 
 from guard.calibration import save_calibration
 from guard.check import check_policy, load_calibrations, load_saes
-from guard.errors import CalibrationError, GuardError, SaeError
-from guard.policy import PolicyFile, load_policy
+from guard.drill import RecoveryEdit, save_edit
+from guard.errors import CalibrationError, DrillError, GuardError, SaeError
+from guard.policy import Policy, PolicyFile, load_policy
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
 
@@ -27,7 +28,9 @@ policies:
       - {{name: watch, sae: used, score: error_norm, calibration: c.safetensors,
           target_fpr: {target}, on_alarm: block}}
 default_policy: default
+{drills}
 """
+DRILL = "drills: [{name: fire, sae: used, delta: fire.safetensors}]"
 
 
 @pytest.fixture
@@ -39,6 +42,7 @@ def write(tmp_path: Path) -> Callable[..., PolicyFile]:
     def write(*, at: str = "layers.1.resid_post", **values: object) -> PolicyFile:
         path = tmp_path / "policy.yaml"
         wanted = {"latent": 3, "target": 0.2, "digest": digest, "zeros": "a" * 64}
+        wanted["drills"] = ""
         path.write_text(POLICY.format(at=at, **(wanted | values)))
         policy_file = load_policy(path)
         calibration = make_calibration(
@@ -96,3 +100,47 @@ def test_a_missing_calibration_is_one_clear_line(
     (tmp_path / "c.safetensors").unlink()
     with pytest.raises(CalibrationError, match="no such calibration"):
         check_policy(policy_file)
+
+
+def save_drill(folder: Path, *, width: int = 64, **values: object) -> None:
+    wanted: dict[str, object] = {
+        "delta": torch.ones(width),
+        "prompt": "w1",
+        "gold": "w2",
+        "budget": 0.5,
+        "position": "last_prompt",
+        "sae_sha256": weights_digest(folder / "used", "guard"),
+    }
+    edit = RecoveryEdit(**(wanted | values))  # type: ignore[arg-type]
+    save_edit(folder / "fire.safetensors", edit)
+
+
+def test_a_drill_that_fits_passes_and_loads_the_sae_it_names(
+    write: Callable[..., PolicyFile], tmp_path: Path
+) -> None:
+    save_drill(tmp_path)
+    policy_file = write(drills=DRILL)
+    check_policy(policy_file)
+    bare = policy_file.model_copy(update={"policies": {"default": Policy()}})
+    assert list(load_saes(bare)) == ["used"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"width": 63}, "its delta is 63 wide; expected 64, as SAE 'used' is"),
+        ({"sae_sha256": "b" * 64}, f"was found for an SAE of sha256 {'b' * 64}; exp"),
+        ({"position": "all_prompt"}, "for position all_prompt; expected last_prompt"),
+    ],
+)
+def test_a_drill_that_does_not_fit_is_one_clear_line(
+    write: Callable[..., PolicyFile],
+    tmp_path: Path,
+    values: dict[str, object],
+    words: str,
+) -> None:
+    save_drill(tmp_path, **values)
+    with pytest.raises(DrillError, match=words) as caught:
+        check_policy(write(drills=DRILL))
+    assert str(caught.value).startswith(f"{tmp_path / 'fire.safetensors'}: ")
+    assert "\n" not in str(caught.value)

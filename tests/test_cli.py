@@ -10,6 +10,7 @@ from specimens import make_calibration
 
 from guard.calibration import save_calibration
 from guard.cli import main
+from guard.drill import RecoveryEdit, save_edit
 from guard.policy import load_policy
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
@@ -163,6 +164,23 @@ def test_check_shows_what_a_policy_holds(
     assert code in (0, None)
     assert shown.startswith("default: enforce, 1 clamps, 1 monitors, ")
     assert complaint == ""
+
+
+def test_check_loads_every_drill(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = write_policy(shop, "drilled")
+    with policy.open("a") as file:
+        file.write("drills: [{name: fire, sae: s, delta: fire.safetensors}]\n")
+    code, _, complaint = run(monkeypatch, capsys, "check", policy)
+    assert (code, complaint.count("\n")) == (1, 1)
+    assert "fire.safetensors: no such file; expected the stored edit" in complaint
+    digest = weights_digest(shop / "sae", format="guard")
+    edit = RecoveryEdit(torch.ones(64), "w1", "w2", 0.5, "last_prompt", digest)
+    save_edit(shop / "fire.safetensors", edit)
+    code, shown, _ = run(monkeypatch, capsys, "check", policy)
+    assert code in (0, None)
+    assert shown.splitlines()[-1] == "drill fire: last_prompt behind s"
 
 
 def test_the_version_is_shown(

@@ -1,6 +1,7 @@
 """The guard at a hook point: many policies in one batch, each as if it were alone."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,11 +29,12 @@ from vllm_guard import ops
 
 from guard.calibration import Calibration
 from guard.clamp import clamp_resid
-from guard.errors import CalibrationError, SaeError
+from guard.drill import RecoveryEdit
+from guard.errors import CalibrationError, DrillError, SaeError
 from guard.hook import HookPoint
 from guard.monitor import EXEMPT, list_columns
 from guard.pipeline import Guard, StepBuffers, build_guards, read_resid
-from guard.policy import Policy, PolicyFile, Rule, When
+from guard.policy import Drill, Policy, PolicyFile, Rule, When
 from guard.sae.model import Sae
 from guard.score import Statistics
 
@@ -139,7 +141,7 @@ def test_all_rows_of_a_full_step_are_clamped() -> None:
     sae = make_sae()
     guard = build(policy_file, {"a": sae})
     hidden_states = draw_rows(100, seed=0)
-    guard.step.rows_in[:] = torch.tensor([1, 1, 0])
+    guard.step.rows_in[:] = torch.tensor([1, 1, 0, 0])
     expected = clamp_resid(hidden_states, sae, [hold("r")]).resid
     guard(hidden_states, None)
     torch.testing.assert_close(hidden_states, expected, atol=1e-4, rtol=1e-4)
@@ -195,8 +197,8 @@ def test_a_condition_of_the_request_holds_from_where_it_was_met_on() -> None:
     ):
         guard.step.clear()
         mine = len(batch) - 1
-        guard.step.rows_in[:mine] = torch.tensor([1, 1, 0])
-        guard.step.rows_in[mine] = torch.tensor([1, 2, mine])
+        guard.step.rows_in[:mine] = torch.tensor([1, 1, 0, 0])
+        guard.step.rows_in[mine] = torch.tensor([1, 2, mine, 0])
         guard(torch.cat(batch), None)
         assert guard.step.marks_of(len(batch)).clamped.tolist() == expected
 
@@ -205,7 +207,7 @@ def test_bos_meets_no_condition() -> None:
     when = When(latents=(5,), above=0.0, scope="request")
     guard, rows, held = build_watching(when)
     batch = torch.cat([rows[held > 1][:1], rows[held == 0][:1]])
-    guard.step.rows_in[:2] = torch.tensor([[0, 1, 0], [1, 1, 0]])
+    guard.step.rows_in[:2] = torch.tensor([[0, 1, 0, 0], [1, 1, 0, 0]])
     guard(batch, None)
     assert not guard.step.marks_of(2).clamped.any()
     assert not guard.step.state.any()
@@ -305,7 +307,7 @@ def test_a_row_that_is_not_finite_reads_as_such(poison: float) -> None:
 def test_clearing_a_step_leaves_its_rows_to_nobody() -> None:
     policy_file = watched_file()
     guard = build(policy_file, {"a": make_sae()}, {"c": calibrate(policy_file)})
-    guard.step.rows_in[:4] = torch.tensor([1, 1, 0])
+    guard.step.rows_in[:4] = torch.tensor([1, 1, 0, 0])
     guard(draw_rows(4, seed=0), None)
     assert guard.step.marks.any()
     assert guard.step.scores.any()
@@ -354,3 +356,123 @@ def test_a_latent_that_the_sae_does_not_have_is_refused() -> None:
     )
     with pytest.raises(SaeError, match="latent 99, but SAE 'a' has 16"):
         build(policy_file, {"a": make_sae()})
+
+
+def make_edit(delta: Tensor) -> RecoveryEdit:
+    return RecoveryEdit(delta, "w1", "w2", 0.5, "last_prompt", f"{0:064x}")
+
+
+def add_drills(policy_file: PolicyFile, *saes: str) -> PolicyFile:
+    """Return the file with a drill for each of these SAEs: `d1`, `d2` and so on."""
+    drills = tuple(
+        Drill(name=f"d{i}", sae=sae, delta=Path(f"d{i}.safetensors"))
+        for i, sae in enumerate(saes, 1)
+    )
+    return policy_file.model_copy(update={"drills": drills})
+
+
+@settings(max_examples=60)
+@given(
+    traffic=traffics(scales=(1e-3, 1.0, 30.0)),
+    seed=st.integers(0, 99),
+    opaque=st.booleans(),
+    data=st.data(),
+)
+def test_a_drill_is_added_behind_the_clamp_to_its_rows_and_no_other(
+    traffic: Traffic, seed: int, opaque: bool, data: st.DataObject
+) -> None:
+    policy_file = add_drills(traffic.policy_file, "a", "a")
+    deltas = draw_rows(2, seed=seed)
+    edits = {f"d{i}": make_edit(delta) for i, delta in enumerate(deltas, 1)}
+    step = StepBuffers(max_tokens=100, max_requests=8, num_columns=0)
+    guards = build_guards(policy_file, traffic.saes, {}, step, edits=edits)
+    guard = guards[HookPoint.parse(AT)]
+    count = data.draw(st.integers(1, 8))
+    drills = data.draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
+    slots = data.draw(
+        st.lists(
+            st.integers(0, len(policy_file.policies)), min_size=count, max_size=count
+        )
+    )
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    before = draw_rows(count, seed=seed + 200).to(dtype)
+    before[:, 0] = -0.0
+    step.rows_in[:count, 0] = torch.tensor(slots)
+    step.rows_in[:count, 1] = torch.arange(1, count + 1).clamp(max=8)
+    step.rows_in[:count, 2] = torch.arange(count)
+    plain = build(traffic.policy_file, traffic.saes)
+    plain.step.rows_in.copy_(step.rows_in)
+    total = sum(
+        part.clamp(before.float(), step.rows(count), state=step.state.clone()).delta
+        for part in guard.dictionaries
+    )
+    clamped, after = before.clone(), before.clone()
+    plain(clamped, None)
+    step.rows_in[:count, 3] = torch.tensor(drills)
+    call = through_op(guard) if opaque else guard
+    call(after, None)
+    drilled = torch.tensor(drills) > 0
+    assert_same_bits(after[~drilled], clamped[~drilled])
+    # One rounding for clamp and drill together, as for the clamp alone.
+    added = torch.cat([torch.zeros(1, D_MODEL), deltas])[drills]
+    expected = (before.float() + (total + added)).to(dtype)
+    assert_same_bits(after[drilled], expected[drilled])
+    assert_same_bits(step.marks, plain.step.marks)
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_a_drill_runs_where_nothing_is_clamped_and_only_at_its_hook_point(
+    slot: int,
+) -> None:
+    names = {"a": AT, "b": "layers.3.resid_post", "c": "layers.4.resid_post"}
+    policy_file = make_policy_file({"open": Policy()}, saes=names)
+    policy_file = add_drills(policy_file, "b", "a")
+    step = StepBuffers(max_tokens=4, max_requests=1, num_columns=0)
+    deltas = draw_rows(2, seed=0)
+    edits = {f"d{i}": make_edit(delta) for i, delta in enumerate(deltas, 1)}
+    saes = {name: make_sae() for name in names}
+    guards = build_guards(policy_file, saes, {}, step, edits=edits)
+    step.rows_in[:4, 0] = slot
+    step.rows_in[:4, 3] = torch.tensor([0, 1, 2, 0])
+    before = draw_rows(4, seed=1)
+    before[:, 0] = -0.0
+    for name, row in (("a", 2), ("b", 1), ("c", None)):
+        rows = before.clone()
+        guards[HookPoint.parse(names[name])](rows, None)
+        expected = before.clone()
+        if row is not None:
+            expected[row] += deltas[0 if name == "b" else 1]
+        assert_same_bits(rows, expected)
+    assert guards[HookPoint.parse(names["c"])].drills is None
+
+
+def test_scores_are_taken_behind_the_drill() -> None:
+    policy_file = add_drills(watched_file("density", clamps=(hold("r"),)), "a")
+    delta = 5 * draw_rows(1, seed=3)[0]
+    columns = list_columns(policy_file)
+    step = StepBuffers(max_tokens=2, max_requests=1, num_columns=len(columns))
+    calibrations = {"c": calibrate(policy_file)}
+    (guard,) = build_guards(
+        policy_file,
+        {"a": make_sae()},
+        calibrations,
+        step,
+        edits={"d1": make_edit(delta)},
+    ).values()
+    rows = draw_rows(1, seed=1).repeat(2, 1)
+    step.rows_in[:2] = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 1]])
+    guard(rows, None)
+    torch.testing.assert_close(rows[1], rows[0] + delta)
+    (number,) = [i for i, column in enumerate(columns) if column.score == "density"]
+    scores = step.scores[:2, number]
+    torch.testing.assert_close(scores, (2 * (rows - 1)).norm(dim=1))
+    assert scores[1] > 1.5 * scores[0]
+    assert step.marks_of(2).clamped.tolist() == [1, 1]
+
+
+def test_an_edit_of_another_width_is_refused() -> None:
+    policy_file = add_drills(make_policy_file({"p": Policy()}, saes={"a": AT}), "a")
+    step = StepBuffers(max_tokens=2, max_requests=1, num_columns=0)
+    edits = {"d1": make_edit(torch.ones(D_MODEL + 1))}
+    with pytest.raises(DrillError, match=r"d1\.safetensors: its delta is 13 wide"):
+        build_guards(policy_file, {"a": make_sae()}, {}, step, edits=edits)

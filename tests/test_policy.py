@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from guard.errors import PolicyError
 from guard.policy import (
-    Drill,
     PolicyFile,
     Rule,
     Tenant,
@@ -50,6 +49,7 @@ public_policies: [default, open]
 default_policy: default
 """
 ABLATE = "{name: jailbreak, sae: l12, latents: [827, 224], law: ablate}"
+DRILL = "{name: fire, sae: l12, delta: drills/fire.safetensors}"
 TENANT = f"{{api_key_sha256: {SHA}, policies: [open, default]}}"
 CLAMP0 = "policies.default.clamps[0]"
 MONITOR0 = "policies.default.monitors[0]"
@@ -145,11 +145,6 @@ def test_a_loaded_file_cannot_be_changed(tmp_path: Path) -> None:
 
 
 LATER = [
-    (
-        "drills: []",
-        "drills: [{name: d, sae: l12, delta: d.safetensors, position: last_prompt}]",
-        "21: drills: is not built yet; leave the key out",
-    ),
     (
         "require_stable: false",
         "require_stable: true",
@@ -248,6 +243,14 @@ FAULTS = [
     ("tenants: []", f"tenants: [{{api_key_sha256: {SHA}, policy: open}}]", "22: tenants[0].policies: is missing (and 1 more)"),
     ("tenants: []", "tenants: [{api_key_sha256: sk-secret, policies: [open]}]", "22: tenants[0].api_key_sha256: is not a sha256; expected 64 hexadecimal digits"),
     ("tenants: []", f"tenants: [{TENANT}, {TENANT}]", "22: tenants[1].api_key_sha256: is the key of another tenant already; expected one entry per key"),
+    # Drills
+    ("drills: []", f"drills: [{DRILL}, {DRILL}]", "21: drills[1].name: 'fire' is already the name of another"),
+    ("drills: []", f"drills: [{DRILL}, {DRILL.replace('fire', 'Fire', 1)}]", "21: drills[1].name: 'fire' is already the name of another"),
+    ("drills: []", f"drills: [{DRILL.replace('l12', 'l13')}]", "21: drills[0].sae: 'l13' is not in saes; expected one of l12"),
+    ("drills: []", "drills: [{name: fire, sae: l12}]", "21: drills[0].delta: is missing"),
+    ("drills: []", f"drills: [{DRILL.replace('fire,', 'fire, sea: x,')}]", "21: drills[0].sea: unknown key; did you mean 'sae'?"),
+    ("drills: []", f"drills: [{DRILL.replace('fire,', 'fire, position: first_prompt,')}]", "21: drills[0].position: 'first_prompt' is not a position; expected one of last_prompt, all_prompt"),
+    ("drills: []", f"drills: [{', '.join(DRILL.replace('fire', f'f{i}', 1) for i in range(65))}]", "21: drills: 65 entries; expected 64"),
     # YAML
     ("version: 1", "version: 1\nversion: 1", "2: key 'version' is already on line 1"),
     ("name: jailbreak,", "name: jailbreak, name: other,", f"14: {CLAMP0}: key 'name' is already on line 14"),
@@ -349,9 +352,15 @@ def test_tenants_are_read_with_their_policies_in_order(tmp_path: Path) -> None:
     assert (tenant.api_key_sha256, tenant.policies) == (SHA, ("open", "default"))
 
 
-def test_drills_have_a_schema_already() -> None:
-    drill = Drill(name="last-token-0.7", sae="l12", delta=Path("d.safetensors"))
-    assert drill.position == "last_prompt"
+def test_drills_are_read_in_order_and_stand_at_the_last_token_unasked(
+    tmp_path: Path,
+) -> None:
+    whole = edit(DRILL, "fire,", "whole, position: all_prompt,")
+    text = edit(FULL, "drills: []", f"drills: [{DRILL}, {whole}]")
+    drills = load_policy(write(tmp_path, text)).drills
+    assert [drill.name for drill in drills] == ["fire", "whole"]
+    assert [drill.position for drill in drills] == ["last_prompt", "all_prompt"]
+    assert drills[0].delta == tmp_path / "drills/fire.safetensors"
 
 
 def test_a_digest_may_be_written_in_capitals() -> None:
@@ -446,6 +455,28 @@ def test_processes_with_different_files_see_it(
 ) -> None:
     before = file_fingerprint(served(tmp_path))
     assert file_fingerprint(served(tmp_path, edit(FULL, old, new))) != before
+
+
+def test_drills_are_part_of_the_file_and_of_no_policy(tmp_path: Path) -> None:
+    bare = served(tmp_path)
+    (tmp_path / "drills").mkdir()
+    edited = tmp_path / "drills/fire.safetensors"
+    prints = {file_fingerprint(bare)}
+    for content in (b"one", b"other"):
+        edited.write_bytes(content)
+        drilled = served(tmp_path, edit(FULL, "drills: []", f"drills: [{DRILL}]"))
+        prints.add(file_fingerprint(drilled))
+        for name in ("default", "open"):
+            assert fingerprint(drilled, name) == fingerprint(bare, name)
+    assert len(prints) == 3
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved/drills").mkdir()
+    (tmp_path / "moved/drills/fire.safetensors").write_bytes(b"other")
+    moved = served(tmp_path / "moved", edit(FULL, "drills: []", f"drills: [{DRILL}]"))
+    assert file_fingerprint(moved) == file_fingerprint(drilled)
+    edited.unlink()
+    with pytest.raises(PolicyError, match=r"fire\.safetensors: cannot be read"):
+        file_fingerprint(drilled)
 
 
 def test_the_order_of_policies_is_part_of_the_file_fingerprint(tmp_path: Path) -> None:

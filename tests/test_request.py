@@ -24,9 +24,14 @@ def test_a_ticket_is_read_back_as_it_was_signed():
     assert read_ticket(sign_ticket(TICKET, SECRET), SECRET, now=NOW) == TICKET
 
 
-@given(st.text(), st.text(), st.floats(min_value=1.0, max_value=1e12))
-def test_any_names_survive_the_ticket(guard_id, policy, expires):
-    ticket = Ticket(guard_id, policy, "none", expires)
+@given(
+    st.text(),
+    st.text(),
+    st.floats(min_value=1.0, max_value=1e12),
+    st.none() | st.text(),
+)
+def test_any_names_survive_the_ticket(guard_id, policy, expires, drill):
+    ticket = Ticket(guard_id, policy, "none", expires, drill=drill)
     text = sign_ticket(ticket, SECRET)
     assert text.isascii()
     assert read_ticket(text, SECRET, now=0.0) == ticket
@@ -121,7 +126,11 @@ def test_no_field_asks_for_nothing():
 
 def test_a_field_names_policy_and_trace():
     field = read_field({"policy": "research", "trace": "summary"})
-    assert (field.policy, field.trace) == ("research", "summary")
+    assert (field.policy, field.trace, field.drill) == ("research", "summary", None)
+
+
+def test_a_field_names_a_drill():
+    assert read_field({"drill": "last-token"}).drill == "last-token"
 
 
 @pytest.mark.parametrize(
@@ -137,8 +146,9 @@ def test_a_field_names_policy_and_trace():
         ({"policy": "x" * 129}, "guard.policy"),
         ({"trace": "all"}, "guard.trace"),
         ({"trace": None}, "guard.trace"),
-        ({"drill": "last-token"}, "guard.drill"),
         ({"drill": ""}, "guard.drill"),
+        ({"drill": 1}, "guard.drill"),
+        ({"drill": "x" * 129}, "guard.drill"),
     ],
 )
 def test_a_malformed_field_is_refused_by_name(value, param):

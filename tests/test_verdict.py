@@ -70,6 +70,11 @@ def test_a_reason_is_shown_only_when_there_is_one():
     assert make_verdict("block", reason="unscored").to_json()["reason"] == "unscored"
 
 
+def test_a_drill_is_shown_only_when_one_ran():
+    assert "drill" not in make_verdict().to_json()
+    assert make_verdict(drill="fire").to_json()["drill"] == "fire"
+
+
 @pytest.mark.parametrize("score", [math.inf, -math.inf, math.nan])
 def test_a_score_that_is_not_finite_is_null_in_json(score):
     alarm = Alarm("m", score, 4.0, score, 1, "prompt", "block")
@@ -101,6 +106,7 @@ verdicts = st.builds(
     clamped_tokens=st.dictionaries(st.text(), st.integers(0)),
     tokens_seen=st.integers(0),
     reason=st.none() | st.text(),
+    drill=st.none() | st.text(),
 )
 
 

@@ -12,16 +12,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from guard.errors import RequestError
-from guard.http.keys import KeyRing
+from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken, KeyRing
 from guard.request import TICKET_SECONDS, GuardField, Ticket, sign_ticket
 from guard.verdict import Verdict
 
 if TYPE_CHECKING:
     from guard.policy import PolicyFile
 
-__all__ = ["Admission", "Desk", "PolicyDesk"]
+__all__ = ["DRILLS_OFF", "NO_ADMIN", "Admission", "Desk", "PolicyDesk"]
 
 logger = logging.getLogger(__name__)
+
+DRILLS_OFF = (
+    f"Drills are off on this server; expected {ADMIN_VARIABLE} where it starts."
+)
+"""What is said to whoever asks for a drill where there is no administrator."""
+NO_ADMIN = f"Drills are an administrator's; expected the token in '{ADMIN_HEADER}'."
+"""What is said to whoever asks for one and is none, whether or not it exists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +50,23 @@ class Desk(Protocol):
         """Whether the server accepts the key in the `Authorization` header."""
 
     def admit(
-        self, field: GuardField, *, authorization: str | None, choices: int
+        self,
+        field: GuardField,
+        *,
+        authorization: str | None,
+        choices: int,
+        admin_token: str | None = None,
     ) -> Admission:
-        """Choose the policy of a request.
+        """Choose the policy of a request, and its drill.
 
         Args:
             field: What the client asked for.
             authorization: The request's `Authorization` header.
             choices: How many choices the answer should have.
+            admin_token: The request's `x-guard-admin-token` header.
 
         Raises:
-            RequestError: 400 for an unknown policy, 403 for one not allowed.
+            RequestError: 400 for an unknown policy or drill, 403 for one not allowed.
         """
 
     def verdicts(self, guard_id: str) -> Mapping[int, Verdict]:
@@ -96,6 +109,9 @@ class PolicyDesk:
         default = policy_file.default_policy
         self.keys = KeyRing((), accepted=())
         """Whose key is whose; whoever serves sets it before the first request."""
+        self.admin = AdminToken(None)
+        """Who may ask for drills; set alike."""
+        self._drills = frozenset(drill.name for drill in policy_file.drills)
         self._known = frozenset(policy_file.policies)
         others = [p for p in policy_file.public_policies if p != default]
         self._public = (default, *others)
@@ -114,12 +130,18 @@ class PolicyDesk:
         return self._public if tenant is None else tenant.policies
 
     def admit(
-        self, field: GuardField, *, authorization: str | None, choices: int
+        self,
+        field: GuardField,
+        *,
+        authorization: str | None,
+        choices: int,
+        admin_token: str | None = None,
     ) -> Admission:
         """Let a request in under a policy that its client may use.
 
         Raises:
-            RequestError: 400 for an unknown policy, 403 for one not offered to it.
+            RequestError: 400 for an unknown policy or drill, 403 for a policy not
+                offered to it and for a drill without the administrator's token.
         """
         offer = self.offer(authorization)
         policy = offer[0] if field.policy is None else field.policy
@@ -136,14 +158,28 @@ class PolicyDesk:
                 param="guard.policy",
                 status=403,
             )
+        if field.drill is not None:
+            self._check_drill(field.drill, admin_token)
         guard_id = f"guard-{secrets.token_hex(16)}"
         expires = time.time() + TICKET_SECONDS
-        ticket = Ticket(guard_id, policy, field.trace, expires, choices)
+        ticket = Ticket(guard_id, policy, field.trace, expires, choices, field.drill)
         admission = Admission(guard_id, policy, sign_ticket(ticket, self._secret))
         while len(self._visits) >= self._max_open:
             self._visits.pop(next(iter(self._visits)))
         self._visits[guard_id] = _Visit(policy)
         return admission
+
+    def _check_drill(self, drill: str, admin_token: str | None) -> None:
+        # The token first: whoever has none learns nothing of which drills there are.
+        if not self.admin.admits(admin_token):
+            message = NO_ADMIN if self.admin.is_set else DRILLS_OFF
+            raise RequestError(message, param="guard.drill", status=403)
+        if drill not in self._drills:
+            raise RequestError(
+                "The drill in 'guard.drill' does not exist; expected one that GET "
+                "/guard/drills lists.",
+                param="guard.drill",
+            )
 
     def record(self, guard_id: str, choice: int, verdict: Verdict) -> None:
         """Keep the latest verdict of a choice, until the request is closed.

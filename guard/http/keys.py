@@ -1,17 +1,56 @@
-"""Whose API key a request carries.
+"""Whose API key a request carries, and whether an administrator sent it.
 
-A server may check API keys or not; a policy file may give some of them to tenants. Only
-digests are kept. Runs in the API server.
+A server may check API keys or not; a policy file may give some of them to tenants. The
+administrator's token is one more key, for what no client may do. Only digests are kept.
+Runs in the API server.
 """
 
 import hashlib
 import hmac
+import re
 from collections.abc import Sequence
 
-from guard.errors import PolicyError
+from guard.errors import EngineError, PolicyError
 from guard.policy import Tenant
 
-__all__ = ["KeyRing"]
+__all__ = ["ADMIN_HEADER", "ADMIN_VARIABLE", "AdminToken", "KeyRing"]
+
+ADMIN_HEADER = "x-guard-admin-token"
+"""Header of a request that carries the administrator's token."""
+ADMIN_VARIABLE = "GUARD_ADMIN_TOKEN"
+"""Where server and command line find the token."""
+
+
+class AdminToken:
+    """What an administrator shows; where there is none, nobody is one."""
+
+    def __init__(self, token: str | None) -> None:
+        """Keep the digest.
+
+        Args:
+            token: As it stands in the server's environment; None or empty is none.
+
+        Raises:
+            EngineError: It is too short to keep anybody out, or no header can bring it.
+        """
+        if token and re.fullmatch("[!-~]{16,}", token) is None:
+            message = (
+                f"{ADMIN_VARIABLE} is no token; expected at least 16 printable ASCII "
+                "characters without spaces."
+            )
+            raise EngineError(message)
+        self._digest = _hash(token) if token else None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a token."""
+        return self._digest is not None
+
+    def admits(self, shown: str | None) -> bool:
+        """Whether this is the token; compared in constant time."""
+        if self._digest is None or shown is None:
+            return False
+        return hmac.compare_digest(_hash(shown), self._digest)
 
 
 class KeyRing:

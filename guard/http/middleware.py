@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from guard.errors import RequestError
 from guard.http.desk import Admission, Desk
+from guard.http.keys import ADMIN_HEADER
 from guard.http.openai import (
     check_sendable,
     count_choices,
@@ -124,6 +125,7 @@ class GuardMiddleware:
             field,
             authorization=_authorization(scope),
             choices=count_choices(body, kind),
+            admin_token=Headers(scope=scope).get(ADMIN_HEADER),
         )
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
@@ -173,9 +175,13 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _reseal(scope: Scope, length: int) -> Scope:
-    """Return the scope for a body that was written anew, to be answered in plain."""
+    """Return the scope for a body that was written anew, to be answered in plain.
+
+    The administrator's token has done its work, and nobody behind needs to see it.
+    """
     headers = MutableHeaders(raw=list(scope["headers"]))
-    for name in ("transfer-encoding", "content-encoding", "accept-encoding"):
+    hop = ("transfer-encoding", "content-encoding", "accept-encoding")
+    for name in (*hop, ADMIN_HEADER):
         del headers[name]
     headers["content-length"] = str(length)
     return {**scope, "headers": headers.raw}

@@ -23,9 +23,9 @@ GUARDED: dict[str, Kind] = {
 }
 """Routes whose answers carry a verdict, for POST."""
 
-_PRIVATE = frozenset({"/guard/status"})
-"""Routes of the guard's own that name policies; the engine's check of keys does not
-cover them."""
+_PRIVATE = frozenset({"/guard/drills", "/guard/status"})
+"""Routes of the guard's own that name policies or drills; the engine's check of keys
+does not cover them."""
 
 REFUSED = (
     # Text of the model in another shape.

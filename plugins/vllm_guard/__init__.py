@@ -44,7 +44,10 @@ def endpoint() -> Any:
 
 
 def sampling_args(
-    policy: str, *, trace: Literal["none", "summary"] = "none"
+    policy: str,
+    *,
+    trace: Literal["none", "summary"] = "none",
+    drill: str | None = None,
 ) -> dict[str, Any]:
     """Return `SamplingParams(extra_args=...)` that run a request under `policy`.
 
@@ -54,10 +57,11 @@ def sampling_args(
     Args:
         policy: A policy of the file that `GUARD_POLICY` names.
         trace: `summary` adds every monitor's reading to the verdict.
+        drill: A fire drill of that file.
 
     Raises:
-        PolicyError: The policy file has no such policy.
+        PolicyError: The policy file has no such policy or drill.
     """
     from vllm_guard import context
 
-    return context.sampling_args(policy, trace=trace)
+    return context.sampling_args(policy, trace=trace, drill=drill)

@@ -6,6 +6,7 @@ hashed and before anything is computed for it.
 
 import copy
 import logging
+import secrets
 import time
 import uuid
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from guard.verdict import Verdict, decide, report
 from vllm_guard import context
 from vllm_guard.holding import Holding
 from vllm_guard.patch import wrap
-from vllm_guard.rows import SLOT_KEY
+from vllm_guard.rows import DRILL_KEY, SLOT_KEY
 
 __all__ = ["Watched", "admit", "install"]
 
@@ -52,6 +53,8 @@ class Watched:
     """How much of its readings the client asked to see."""
     held: Holding | None = None
     """Its last outputs, where its policy keeps any back."""
+    drill: str | None = None
+    """Name of the fire drill that it is."""
     fault: Literal["unguarded", "unscored"] | None = None
     """What was not seen of it: a token without its hooks, or a cached one's score."""
     _told: dict[str, Any] | None = None
@@ -98,6 +101,7 @@ class Watched:
                 else ()
             ),
             reason=self.fault,
+            drill=self.drill,
         )
 
     @property
@@ -126,7 +130,7 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
     A ticket that this start did not sign, one that is used up, or none at all means
     the default policy. The request's cache salt is set from the policy, so that no
     prefix is shared across policies; what the client wrote into either field decides
-    nothing.
+    nothing. What a drill computes is shared with nobody, not even with the same drill.
 
     Args:
         request: vLLM's `EngineCoreRequest`; changed in place, its params copied.
@@ -142,7 +146,7 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
         )
         if ticket is None and TICKET_KEY in extra_args:
             logger.warning("A ticket was altered, expired or used up; it counts not.")
-    if ticket is None or ticket.policy not in state.policy_file.policies:
+    if ticket is None or not _is_known(ticket):
         ticket = Ticket(uuid.uuid4().hex, state.policy_file.default_policy)
     if params is not None:
         # The children of one request share their params: a copy, never a change.
@@ -152,12 +156,21 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
             for key, value in extra_args.items()
             if not key.startswith(_OWN_PREFIX)
         } | {SLOT_KEY: state.slot(ticket.policy)}
+        if ticket.drill is not None:
+            params.extra_args[DRILL_KEY] = state.drill(ticket.drill)
+            request.cache_salt = secrets.token_hex(32)
     request.cache_salt = context.cache_salt(
         state.fingerprints[ticket.policy], request.cache_salt
     )
     prompt_length = _prompt_length(request)
     wanted = prompt_length + ((params and params.max_tokens) or max_model_len)
     return _watch(ticket, prompt_length, total=min(wanted, max_model_len))
+
+
+def _is_known(ticket: Ticket) -> bool:
+    state = context.get()
+    known = ticket.drill is None or ticket.drill in state.edits
+    return known and ticket.policy in state.policy_file.policies
 
 
 def _prompt_length(request: Any) -> int:
@@ -179,6 +192,7 @@ def _watch(ticket: Ticket, prompt_length: int, *, total: int) -> Watched:
         name=ticket.policy,
         trace=ticket.trace,
         held=Holding(policy.hold_tokens) if holds else None,
+        drill=ticket.drill,
         watch=Watch(
             policy,
             columns=columns,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from guard.calibration import Calibration, share_budgets
 from guard.check import check_calibrations, load_calibrations
+from guard.drill import RecoveryEdit, load_edits
 from guard.errors import GuardError, PolicyError
 from guard.hook import HookPoint
 from guard.monitor import Column, list_columns
@@ -83,6 +84,8 @@ class Context:
     columns: tuple[Column, ...]
     calibrations: dict[str, Calibration]
     """By path, as the monitors name them."""
+    edits: dict[str, RecoveryEdit]
+    """Of the drills, by name, in their order."""
     secret: bytes
     hook_points: tuple[HookPoint, ...] = ()
     """Where the model is hooked."""
@@ -127,6 +130,10 @@ class Context:
             ordered = tuple(found[monitor.name] for monitor in entry.monitors)
             self._thresholds[policy, buckets] = ordered
         return self._thresholds[policy, buckets]
+
+    def drill(self, name: str | None) -> int:
+        """Return the number of a drill; 0 is no drill at all."""
+        return 0 if name is None else list(self.edits).index(name) + 1
 
 
 _context: Context | None = None
@@ -174,6 +181,7 @@ def enter() -> bool:
         },
         columns=list_columns(policy_file),
         calibrations=calibrations,
+        edits=load_edits(policy_file),
         secret=bytes.fromhex(os.environ[SECRET_VARIABLE]),
         hook_points=tuple(map(HookPoint.parse, hook_points)),
         recorder=recorder,
@@ -235,22 +243,29 @@ def reset() -> None:
     os.environ.pop(RECORD_VARIABLE, None)
 
 
-def sampling_args(policy: str, *, trace: Trace) -> dict[str, Any]:
-    """Return `extra_args` with a ticket for `policy`.
+def sampling_args(
+    policy: str, *, trace: Trace, drill: str | None = None
+) -> dict[str, Any]:
+    """Return `extra_args` with a ticket for `policy`, and for a drill.
 
     Raises:
-        PolicyError: The policy file has no such policy.
+        PolicyError: The policy file has no such policy or drill.
     """
     context = get()
     if policy not in context.policy_file.policies:
         known = ", ".join(context.policy_file.policies)
         message = f"Unknown policy {policy!r}; expected one of {known}."
         raise PolicyError(message)
+    if drill is not None and drill not in context.edits:
+        known = ", ".join(context.edits) or "none"
+        message = f"Unknown drill {drill!r}; expected one of {known}."
+        raise PolicyError(message)
     ticket = Ticket(
         guard_id=uuid.uuid4().hex,
         policy=policy,
         trace=trace,
         expires=time.time() + TICKET_SECONDS,
+        drill=drill,
     )
     return {TICKET_KEY: sign_ticket(ticket, context.secret)}
 

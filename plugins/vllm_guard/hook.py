@@ -95,6 +95,7 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
         state.calibrations,
         step,
         d_model=hidden_size,
+        edits=state.edits,
         hook_points=state.hook_points,
     )
     for at in guards:
@@ -114,11 +115,13 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
         )
         _hook_layer(layer, index)
         selftest.check_canary(guard, state.policy_file, dtype=config.model_config.dtype)
+    drills = enumerate(state.policy_file.drills, 1)
     state.rows = StepRows(
         step,
         num_hooks=len(parts),
         default_slot=default_slot(),
         recorder=state.recorder,
+        whole_prompt={i for i, drill in drills if drill.position == "all_prompt"},
     )
     _salt_compile_cache(config, parts)
 

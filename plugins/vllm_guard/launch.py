@@ -55,6 +55,7 @@ def serve(model: str, policy: Path, arguments: Sequence[str]) -> None:
     args = _parse(model, arguments)
     compat.check_frontend(args)
     server.read_keys(args, policy_file)
+    server.read_admin()
     config = _make_config(args)
     compat.check_engine(config)
     hook.check_widths(saes, config.model_config.get_hidden_size())

@@ -4,7 +4,7 @@ Runs in the worker, on the host. This is the core; `runner_v1` and `runner_v2` a
 adapters to vLLM's two model runners, which know the rows at different moments.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,20 @@ from guard.policy import MAX_RULES
 from vllm_guard.readings import Span, StepReadings
 from vllm_guard.recorder import Recorder
 
-__all__ = ["SLOT_KEY", "StepRequest", "StepRows", "slot_of", "slots_of_positions"]
+__all__ = [
+    "DRILL_KEY",
+    "SLOT_KEY",
+    "StepRequest",
+    "StepRows",
+    "drill_of",
+    "slot_of",
+    "slots_of_positions",
+]
 
 SLOT_KEY = "guard_slot"
 """Key of the policy slot in `extra_args`, set by the engine core and by nobody else."""
+DRILL_KEY = "guard_drill"
+"""Key of the number of a drill there, set alike."""
 _FIRED = Marks._fields.index("fired") - len(Marks._fields)
 _VISITS = Marks._fields.index("visits") - len(Marks._fields)
 
@@ -39,6 +49,10 @@ class StepRequest:
     """Whether position 0 is a true BOS, which is neither edited nor scored."""
     admitted: bool
     """Whether it was not in the step before: new, or resumed after preemption."""
+    num_prompt_tokens: int
+    """Its prompt's, whatever of it was computed or generated so far."""
+    drill: int = 0
+    """Number of the drill that it is; 0 is none."""
     prefix_slots: npt.NDArray[np.int64] | None = None
     """KV slots of the positions before `first`, where it was admitted with some, or
     lost some: rejected drafts leave nothing behind."""
@@ -59,6 +73,7 @@ class StepRows:
         num_hooks: int,
         default_slot: int,
         recorder: Recorder | None = None,
+        whole_prompt: Container[int] = (),
     ) -> None:
         """Serve the given buffers.
 
@@ -67,6 +82,7 @@ class StepRows:
             num_hooks: Hooks every row must pass.
             default_slot: Slot of a request that names none.
             recorder: Told whose rows each step had.
+            whole_prompt: Drills that go to every row of a prompt, not only to its last.
         """
         self.step = step
         self._recorder = recorder
@@ -75,6 +91,7 @@ class StepRows:
         """Group of KV blocks beside which readings are kept; holds every position."""
         self.num_hooks = num_hooks
         """Hooks every row must pass."""
+        self._whole_prompt = whole_prompt
         self._requests: list[StepRequest] = []
         self._kv_slots: Tensor | None = None
         self._index: dict[str, int] = {}
@@ -122,15 +139,30 @@ class StepRows:
         counts = np.array([request.num_rows for request in requests], dtype=np.int64)
         starts = counts.cumsum() - counts
         slots = [request.slot for request in requests]
-        whose = np.array([slots, indices, starts], dtype=np.int64).T
+        none = np.zeros_like(counts)
+        whose = np.array([slots, indices, starts, none], dtype=np.int64).T
         num_rows, host = int(counts.sum()), self._host.numpy()
         host[:num_rows] = np.repeat(whose, counts, axis=0)
         for request, start in zip(requests, starts, strict=True):
             if request.starts_with_bos and request.first == 0:
                 host[start, 0] = 0
+            if request.drill:
+                share = host[start : start + request.num_rows, 3]
+                share[self._find_drilled(request)] = request.drill
         # A dummy pass, between the steps of idle data-parallel ranks, leaves visits.
         self.step.marks[:num_rows].zero_()
         self.step.rows_in[:num_rows].copy_(self._host[:num_rows], non_blocking=True)
+
+    def _find_drilled(self, request: StepRequest) -> slice:
+        """Return which of a request's rows in this step its drill is added to.
+
+        Those of its prompt, or the last of them, wherever the step begins and however
+        often it comes by; a BOS at position 0 is left alone, as it is by the clamp.
+        """
+        end = request.num_prompt_tokens
+        begin = 0 if request.drill in self._whole_prompt else end - 1
+        begin = max(begin, int(request.starts_with_bos))
+        return slice(max(begin - request.first, 0), max(end - request.first, 0))
 
     def _claim(self, requests: Sequence[StepRequest]) -> list[int]:
         """Return each request's place in the sticky state, fresh on admission."""
@@ -268,6 +300,12 @@ def slot_of(params: Any, default: int) -> int:
     """Return the policy slot the engine core wrote into a request's sampling params."""
     slot = ((params and params.extra_args) or {}).get(SLOT_KEY, default)
     return slot if isinstance(slot, int) else default
+
+
+def drill_of(params: Any) -> int:
+    """Return the number of the drill that the engine core wrote there, 0 for none."""
+    drill = ((params and params.extra_args) or {}).get(DRILL_KEY, 0)
+    return drill if isinstance(drill, int) else 0
 
 
 def slots_of_positions(

@@ -13,7 +13,13 @@ from guard.errors import EngineError
 from vllm_guard import context, ops, ranks
 from vllm_guard.patch import wrap
 from vllm_guard.readings import attach
-from vllm_guard.rows import StepRequest, StepRows, slot_of, slots_of_positions
+from vllm_guard.rows import (
+    StepRequest,
+    StepRows,
+    drill_of,
+    slot_of,
+    slots_of_positions,
+)
 
 __all__ = ["install", "list_requests"]
 
@@ -100,6 +106,8 @@ def list_requests(
                     and int(batch.token_ids_cpu[index, 0]) == bos
                 ),
                 admitted=is_admitted,
+                num_prompt_tokens=int(batch.num_prompt_tokens[index]),
+                drill=drill_of(params),
                 prefix_slots=prefix,
             )
         )

@@ -14,7 +14,13 @@ import torch
 
 from vllm_guard import context, runner_v1
 from vllm_guard.patch import wrap
-from vllm_guard.rows import StepRequest, StepRows, slot_of, slots_of_positions
+from vllm_guard.rows import (
+    StepRequest,
+    StepRows,
+    drill_of,
+    slot_of,
+    slots_of_positions,
+)
 
 __all__ = ["install"]
 
@@ -25,6 +31,8 @@ class _Known:
 
     slot: int
     starts_with_bos: bool
+    num_prompt_tokens: int
+    drill: int
     block_ids: list[int]
     admitted: bool = True
 
@@ -68,6 +76,9 @@ def _remember(
             starts_with_bos=(
                 data.prompt_embeds is None and data.prefill_token_ids[0] == bos
             ),
+            # Of a resumed request too: its tokens so far are `prefill_token_ids`.
+            num_prompt_tokens=data.prompt_len,
+            drill=drill_of(data.sampling_params),
             block_ids=list(data.block_ids[rows.kv_group]),
         )
     cached = scheduler_output.scheduled_cached_reqs
@@ -126,6 +137,8 @@ def _list_requests(
                 num_rows=num_rows,
                 starts_with_bos=known.starts_with_bos,
                 admitted=known.admitted,
+                num_prompt_tokens=known.num_prompt_tokens,
+                drill=known.drill,
                 prefix_slots=slots[:first] if stands_on and first else None,
             )
         )

@@ -121,30 +121,71 @@ def check_canary(guard: Guard, policy_file: PolicyFile, *, dtype: torch.dtype) -
     """Send rows of every policy through the op, and hold them against the reference.
 
     Raises:
-        EngineError: The op did something else than the plain clamp.
+        EngineError: The op did something else than the plain clamp, or than a drill.
     """
+    _check_drills(guard, dtype=dtype)
     for slot, (name, policy) in enumerate(policy_file.policies.items(), start=1):
         resid = _make_canary(guard).to(dtype)
         expected = resid.float()
         for part in guard.dictionaries:
             rules = [rule for rule in policy.clamps if rule.sae == part.name]
             expected = expected + clamp_resid(resid, part.sae, rules).resid - resid
-        guard.step.clear()
-        guard.step.state.zero_()
-        guard.step.rows_in[: len(resid), 0] = slot
-        guard.step.rows_in[: len(resid), 1] = 1
-        hidden_states = resid.clone()
-        ops.call_guard(hidden_states, None, ops.bound().index(guard))
-        guard.step.clear()
-        guard.step.state.zero_()
-        gap = (hidden_states.float() - expected).abs().max()
-        bound = 4 * torch.finfo(dtype).eps * expected.abs().max() + 1e-3
-        if not gap <= bound:
-            message = (
-                f"The clamp at '{guard.hook_point}' is off by {gap:.3g} from its "
-                f"reference under policy {name!r}; expected at most {bound:.3g}."
-            )
-            raise EngineError(message)
+        _hold(
+            guard,
+            resid,
+            expected,
+            rows=(slot, 1, 0, 0),
+            what=f"The clamp at '{guard.hook_point}' under policy {name!r}",
+        )
+
+
+def _check_drills(guard: Guard, *, dtype: torch.dtype) -> None:
+    """Send rows of every drill through the op: each gets its own edit and no other.
+
+    Raises:
+        EngineError: A drill that does nothing would look like a policy that holds.
+    """
+    if guard.drills is None:
+        return
+    resid = _make_canary(guard).to(dtype)
+    for number, delta in enumerate(guard.drills):
+        _hold(
+            guard,
+            resid,
+            resid.float() + delta,
+            rows=(0, 1, 0, number),
+            what=f"Drill {number} at '{guard.hook_point}'",
+        )
+
+
+def _hold(
+    guard: Guard,
+    resid: Tensor,
+    expected: Tensor,
+    *,
+    rows: tuple[int, ...],
+    what: str,
+) -> None:
+    """Send `resid` through the op, all of its rows alike, and hold it to the reference.
+
+    Raises:
+        EngineError: It is off by more than rounding.
+    """
+    guard.step.clear()
+    guard.step.state.zero_()
+    guard.step.rows_in[: len(resid)] = torch.tensor(rows, device=resid.device)
+    hidden_states = resid.clone()
+    ops.call_guard(hidden_states, None, ops.bound().index(guard))
+    guard.step.clear()
+    guard.step.state.zero_()
+    gap = (hidden_states.float() - expected).abs().max()
+    bound = 4 * torch.finfo(resid.dtype).eps * expected.abs().max() + 1e-3
+    if not gap <= bound:
+        message = (
+            f"{what} is off by {gap:.3g} from its reference; expected at most "
+            f"{bound:.3g}."
+        )
+        raise EngineError(message)
 
 
 def _make_canary(guard: Guard) -> Tensor:

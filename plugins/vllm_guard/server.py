@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from guard import __version__
 from guard.errors import EngineError
-from guard.http.keys import KeyRing
+from guard.http.desk import DRILLS_OFF, NO_ADMIN
+from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken, KeyRing
 from guard.http.middleware import GuardMiddleware, send_error
+from guard.http.openai import error_body
 from guard.policy import PolicyFile
 from vllm_guard import context
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import Receive, Scope, Send
 
-__all__ = ["GuardEndpoint", "ServingMiddleware", "read_keys"]
+__all__ = ["GuardEndpoint", "ServingMiddleware", "read_admin", "read_keys"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +55,8 @@ class GuardEndpoint:
         self._client: Any = None
 
     def attach_router(self, app: "FastAPI") -> None:
-        """Add `/guard/ready` and `/guard/status`."""
-        from fastapi.responses import JSONResponse
+        """Add `/guard/ready`, `/guard/status` and `/guard/drills`."""
+        from fastapi.responses import JSONResponse, Response
         from starlette.requests import Request
 
         @app.get("/guard/ready")
@@ -71,19 +73,30 @@ class GuardEndpoint:
             offer = context.get_board().desk.offer(authorization)
             return JSONResponse(await describe(self._client, offer))
 
+        @app.get("/guard/drills")
+        async def drills(request: Request) -> Response:
+            admin = context.get_board().desk.admin
+            if admin.admits(request.headers.get(ADMIN_HEADER)):
+                return JSONResponse({"drills": list_drills()})
+            said, code = (NO_ADMIN, 403) if admin.is_set else (DRILLS_OFF, 404)
+            body = error_body(said, status=code)
+            return Response(body, code, media_type="application/json")
+
     async def init_state(
         self, engine_client: Any, _state: Any, args: Namespace
     ) -> None:
         """Ask every engine whether it is guarded; the server opens only then.
 
         Raises:
-            EngineError: One of them is not, or is guarded by another policy file.
+            EngineError: One of them is not, or is guarded by another policy file; or
+                the administrator's token is none.
             PolicyError: The key of a tenant is not among the server's.
         """
         self._client = engine_client
         board = context.get_board()
         with context.reporting():
             board.desk.keys = read_keys(args, context.get().policy_file)
+            board.desk.admin = read_admin()
         await check_engines(engine_client)
         board.ready = True
 
@@ -96,6 +109,29 @@ def read_keys(args: Namespace, policy_file: PolicyFile) -> KeyRing:
     """
     given = args.api_key or [os.environ.get("VLLM_API_KEY")]
     return KeyRing(policy_file.tenants, accepted=[key for key in given if key])
+
+
+def read_admin() -> AdminToken:
+    """Return the administrator's token, as the environment has it.
+
+    Raises:
+        EngineError: It is too short.
+    """
+    return AdminToken(os.environ.get(ADMIN_VARIABLE))
+
+
+def list_drills() -> list[dict[str, Any]]:
+    """Return what an administrator reads of each drill in `/guard/drills`."""
+    return [
+        {
+            "name": name,
+            "prompt": edit.prompt,
+            "gold": edit.gold,
+            "budget": edit.budget,
+            "position": edit.position,
+        }
+        for name, edit in context.get().edits.items()
+    ]
 
 
 async def ask_engines(client: Any) -> list[list[dict[str, Any]]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from e2e.drills import ADMIN_TOKEN, Drills
 from e2e.serving import (
     TOY_POLICIES,
     Server,
@@ -28,6 +29,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 @pytest.fixture(scope="session")
 def tripwires(toy: Toy) -> Tripwires:
     return Tripwires(toy)
+
+
+@pytest.fixture(scope="session")
+def drills(toy: Toy) -> Drills:
+    return Drills(toy)
 
 
 @pytest.fixture(scope="session")
@@ -58,14 +64,19 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFac
 
 @pytest.fixture(scope="session")
 def toy_server(
-    toy: Toy, tripwires: Tripwires, steps: StepRecord, start_server: ServerFactory
+    toy: Toy,
+    tripwires: Tripwires,
+    drills: Drills,
+    steps: StepRecord,
+    start_server: ServerFactory,
 ) -> Server:
-    """Serve the toy under `TOY_POLICIES` and tripwires, compiled, in small blocks."""
+    """Serve the toy under `TOY_POLICIES`, tripwires and drills, compiled."""
+    policies = tripwires.add_to(TOY_POLICIES)
     return start_server(
         toy.model,
-        toy.write_policy("shared", tripwires.add_to(TOY_POLICIES)),
+        toy.write_policy("shared", drills.add_to(policies)),
         *("--block-size", "32", "--enable-prompt-tokens-details"),
-        environment=steps.begin(),
+        environment=steps.begin() | {"GUARD_ADMIN_TOKEN": ADMIN_TOKEN},
     )
 
 

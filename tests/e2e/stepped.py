@@ -38,6 +38,8 @@ class Ask:
     """Choices; several are sampled, one is greedy."""
     salt: str | None = None
     """The client's own cache salt."""
+    drill: str | None = None
+    """Fire drill that it is."""
     adapter: str | None = None
     """Folder of a LoRA adapter."""
     arrives: int = 0
@@ -307,7 +309,9 @@ class Stepper:
             max_tokens=ask.max_tokens,
             ignore_eos=True,
             logprobs=2,
-            extra_args=vllm_guard.sampling_args(ask.policy, trace="summary"),
+            extra_args=vllm_guard.sampling_args(
+                ask.policy, trace="summary", drill=ask.drill
+            ),
             output_kind=RequestOutputKind.CUMULATIVE,
         )
         adapter = None

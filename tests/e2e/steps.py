@@ -5,6 +5,7 @@ The folder it writes goes onto the PYTHONPATH of a server: Python imports
 soon as vLLM imports it.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,9 @@ class StepRecord:
         source = _SITECUSTOMIZE.format(record=str(self.folder / "steps"))
         (self.folder / "sitecustomize.py").write_text(source, encoding="utf-8")
         (self.folder / "steps").write_text("", encoding="ascii")
-        return {"PYTHONPATH": str(self.folder)}
+        inherited = os.environ.get("PYTHONPATH")
+        paths = filter(None, [str(self.folder), inherited])
+        return {"PYTHONPATH": os.pathsep.join(paths)}
 
     def count_tokens(self) -> int:
         """Return how many tokens the server has scheduled since it began."""

@@ -185,7 +185,8 @@ def test_headers_name_the_request_its_policy_and_what_was_decided(
         ({"polcy": "open"}, 400, "guard.polcy"),
         ("open", 400, "guard"),
         ([], 400, "guard"),
-        ({"drill": "fire"}, 400, "guard.drill"),
+        ({"drill": "last"}, 403, "guard.drill"),
+        ({"drill": ""}, 400, "guard.drill"),
         ({"path": "saes/mine.safetensors"}, 400, "guard.path"),
     ],
 )

@@ -88,6 +88,11 @@ CASES: dict[str, tuple[list[str], dict[str, str], str]] = {
     ),
     "sleep": (["--enable-sleep-mode"], {}, "leep mode"),
     "pooling": (["--runner", "pooling"], {}, "--runner pooling"),
+    "admin": (
+        [],
+        {"GUARD_ADMIN_TOKEN": "too short"},
+        "GUARD_ADMIN_TOKEN is no token; expected at least 16 printable",
+    ),
     "tenants without keys": (
         ["--policy", "tenants.yaml"],
         {},

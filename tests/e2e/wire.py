@@ -1,7 +1,7 @@
 """What a client receives, byte by byte: every field, streamed or not, in one shape."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -75,17 +75,18 @@ def ask(
     policy: str | None = None,
     *,
     route: Route = "completions",
+    headers: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> Answer:
     """Ask for a completion, or for a chat's answer with the same prompt tokens."""
     body = request_body(prompt, policy, route=route, **fields)
     url = f"{server.url}/v1/{route}"
     if not body.get("stream"):
-        whole = httpx.post(url, json=body, timeout=120)
+        whole = httpx.post(url, json=body, headers=headers, timeout=120)
         answer = Answer(whole.status_code, whole.json(), is_done=True)
         answer.take(answer.body)
         return answer
-    with httpx.stream("POST", url, json=body, timeout=120) as stream:
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as stream:
         answer = Answer(stream.status_code, {})
         for data in read_events(stream):
             if data == "[DONE]":

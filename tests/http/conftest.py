@@ -14,11 +14,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from guard.http import GuardMiddleware, PolicyDesk
-from guard.policy import Policy, PolicyFile
+from guard.policy import Drill, Policy, PolicyFile, SaeSource
 from guard.request import TICKET_KEY, read_ticket
 from guard.verdict import Verdict
 
 SECRET = b"a secret of the test, 32 bytes.."
+AT = "layers.1.resid_post"
 FINGERPRINTS = {"default": "f-default", "open": "f-open", "private": "f-private"}
 
 
@@ -166,6 +167,8 @@ def policy_file() -> PolicyFile:
         policies={name: Policy() for name in FINGERPRINTS},
         public_policies=("default", "open"),
         default_policy="default",
+        saes={"s": SaeSource(path="s", format="guard", hook_point=AT, sha256="a" * 64)},
+        drills=(Drill(name="fire", sae="s", delta="fire"),),
     )
 
 

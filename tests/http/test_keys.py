@@ -2,17 +2,19 @@
 
 import hashlib
 import hmac
+import time
+from typing import Any
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guard.errors import PolicyError, RequestError
+from guard.errors import EngineError, PolicyError, RequestError
 from guard.http import PolicyDesk
-from guard.http.keys import KeyRing
+from guard.http.keys import AdminToken, KeyRing
 from guard.policy import Tenant
-from guard.request import GuardField
+from guard.request import GuardField, read_ticket
 
 KEYS = ["sk-a", "sk-b", "sk-c"]
 ROUTES = [
@@ -21,7 +23,12 @@ ROUTES = [
     "/v1/responses",
     "/invocations",
     "/guard/status",
+    "/guard/drills",
 ]
+TOKEN = "sixteen-letters!"
+
+
+SECRET = b"a secret of the test, 32 bytes.."
 
 
 def make_tenant(key: str, *policies: str) -> Tenant:
@@ -137,3 +144,104 @@ async def test_a_tenants_request_says_under_which_policy_it_ran(
         assert answer.status_code == 200
         assert answer.headers["x-guard-policy"] == policy
         assert answer.json()["guard"]["policy"] == policy
+
+
+# Drills
+
+
+def ask_for_drill(
+    desk: PolicyDesk, shown: str | None, drill: str = "fire"
+) -> str | None:
+    """Return the drill in the ticket of a request that asked for one."""
+    admission = desk.admit(
+        GuardField(drill=drill), authorization=None, choices=1, admin_token=shown
+    )
+    ticket = read_ticket(admission.ticket, SECRET, now=time.time())
+    assert ticket is not None
+    return ticket.drill
+
+
+def test_an_administrator_gets_a_drill_and_a_client_never_has_one(
+    desk: PolicyDesk,
+) -> None:
+    desk.admin = AdminToken(TOKEN)
+    assert ask_for_drill(desk, TOKEN) == "fire"
+    admission = desk.admit(
+        GuardField(), authorization=None, choices=1, admin_token=TOKEN
+    )
+    ticket = read_ticket(admission.ticket, SECRET, now=time.time())
+    assert ticket is not None
+    assert ticket.drill is None
+
+
+@pytest.mark.parametrize(
+    "shown", [None, "", TOKEN[:-1], TOKEN.upper(), f"{TOKEN} ", f"Bearer {TOKEN}"]
+)
+def test_whoever_has_no_token_learns_nothing_of_a_drill(
+    desk: PolicyDesk, shown: str | None
+) -> None:
+    desk.admin = AdminToken(TOKEN)
+    refusals = []
+    for drill in ("fire", "gone"):
+        with pytest.raises(RequestError) as caught:
+            ask_for_drill(desk, shown, drill)
+        refusals.append((caught.value.status, caught.value.param, caught.value.message))
+    assert refusals[0] == refusals[1]
+    assert refusals[0][:2] == (403, "guard.drill")
+    assert desk._visits == {}
+
+
+@pytest.mark.parametrize("unset", [None, ""])
+@pytest.mark.parametrize("shown", [None, "", TOKEN])
+def test_without_a_token_drills_are_off(
+    desk: PolicyDesk, unset: str | None, shown: str | None
+) -> None:
+    desk.admin = AdminToken(unset)
+    with pytest.raises(RequestError, match="Drills are off on this server") as caught:
+        ask_for_drill(desk, shown)
+    assert (caught.value.status, caught.value.param) == (403, "guard.drill")
+
+
+def test_an_unknown_drill_is_a_bad_request(desk: PolicyDesk) -> None:
+    desk.admin = AdminToken(TOKEN)
+    with pytest.raises(RequestError, match="does not exist") as caught:
+        ask_for_drill(desk, TOKEN, "gone")
+    assert (caught.value.status, caught.value.param) == (400, "guard.drill")
+
+
+@pytest.mark.parametrize(
+    "token", ["x" * 15, "sixteen letters!", "sixteen-lettérs!", "\n"]
+)
+def test_a_token_that_keeps_nobody_out_is_refused_and_never_shown(token: str) -> None:
+    with pytest.raises(EngineError, match="at least 16") as caught:
+        AdminToken(token)
+    assert token not in str(caught.value)
+
+
+def test_the_token_is_compared_in_constant_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    admin = AdminToken(TOKEN)
+    compared: list[tuple[object, object]] = []
+    plain = hmac.compare_digest
+    monkeypatch.setattr(
+        hmac, "compare_digest", lambda a, b: compared.append((a, b)) or plain(a, b)
+    )
+    digests = [hashlib.sha256(shown.encode()).digest() for shown in (TOKEN, "x")]
+    assert admin.admits(TOKEN)
+    assert not admin.admits("x")
+    assert compared == [(digests[0], digests[0]), (digests[1], digests[0])]
+
+
+@pytest.mark.anyio
+async def test_the_token_is_not_handed_on(
+    desk: PolicyDesk, server: Any, client: httpx.AsyncClient
+) -> None:
+    desk.admin = AdminToken(TOKEN)
+    answer = await client.post(
+        "/v1/chat/completions",
+        headers={"x-guard-admin-token": TOKEN},
+        json={"messages": [], "guard": {"drill": "fire"}},
+    )
+    assert answer.status_code == 200
+    assert "x-guard-admin-token" not in server.headers[0]

@@ -84,7 +84,8 @@ async def test_what_is_no_object_gets_the_servers_own_answer(client, server, raw
         ({"guard": {"policy": "nowhere"}}, "guard.policy", 400),
         ({"guard": {"policy": "private"}}, "guard.policy", 403),
         ({"guard": {"enabled": False}}, "guard.enabled", 400),
-        ({"guard": {"drill": "x"}}, "guard.drill", 400),
+        ({"guard": {"drill": "fire"}}, "guard.drill", 403),
+        ({"guard": {"drill": ""}}, "guard.drill", 400),
         ({"guard": 0}, "guard", 400),
         ({"vllm_xargs": {"guard_ticket": "x"}}, "vllm_xargs", 400),
         ({"use_beam_search": True}, "use_beam_search", 400),
@@ -214,7 +215,9 @@ async def test_answers_that_failed_closed_are_counted(
 ):
     registry = CollectorRegistry()
     prints = dict.fromkeys(policy_file.policies, "f")
-    metrics = Metrics(policy_file, fingerprints=prints, digests={}, registry=registry)
+    metrics = Metrics(
+        policy_file, fingerprints=prints, digests={"s": "f"}, registry=registry
+    )
     guarded = GuardMiddleware(server.app(), desk=desk, metrics=metrics)
     transport = httpx.ASGITransport(guarded)
     server.unjudged = unjudged

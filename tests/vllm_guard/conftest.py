@@ -9,6 +9,7 @@ from specimens import make_calibration
 from vllm_guard import context
 
 from guard.calibration import save_calibration
+from guard.drill import RecoveryEdit, save_edit
 from guard.policy import load_policy
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
@@ -35,11 +36,22 @@ public_policies: [default, research, open]
 """
 
 
+DRILLS = """
+drills:
+  - {name: last, sae: s, delta: last_prompt.safetensors}
+  - {name: whole, sae: s, delta: all_prompt.safetensors, position: all_prompt}
+"""
+
+
 @pytest.fixture
 def write_policy(tmp_path: Path) -> Callable[..., Path]:
     """Write a policy folder, with `extra` lines at the end of its file."""
     save_toy_sae(tmp_path / "sae")
     digest = weights_digest(tmp_path / "sae", "guard")
+    delta = torch.linspace(-1, 1, 64)
+    for position in ("last_prompt", "all_prompt"):
+        edit = RecoveryEdit(delta, f"w1 {position}", "w2", 0.5, position, digest)
+        save_edit(tmp_path / f"{position}.safetensors", edit)
 
     def write(extra: str = "") -> Path:
         path = tmp_path / "policy.yaml"
@@ -73,5 +85,17 @@ def state(
 ) -> context.Context:
     """Enter under the policy folder; slots are default 1, research 2, open 3."""
     monkeypatch.setenv("GUARD_POLICY", str(write_policy()))
+    assert context.enter()
+    return context.get()
+
+
+@pytest.fixture
+def drilled(
+    write_policy: Callable[..., Path],
+    clean_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> context.Context:
+    """Enter under the same folder with two drills: last 1, whole 2."""
+    monkeypatch.setenv("GUARD_POLICY", str(write_policy(DRILLS)))
     assert context.enter()
     return context.get()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from vllm_guard import context
 
-from guard.errors import CalibrationError, EngineError, PolicyError
+from guard.errors import CalibrationError, DrillError, EngineError, PolicyError
 from guard.request import TICKET_KEY, read_ticket
 
 
@@ -78,6 +78,20 @@ def test_a_calibration_that_is_too_small_stops_the_start(
         context.enter()
 
 
+@pytest.mark.usefixtures("clean_process")
+def test_a_drill_that_does_not_fit_stops_the_start(
+    write_policy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = "drills: [{name: d, sae: s, delta: all_prompt.safetensors}]"
+    monkeypatch.setenv("GUARD_POLICY", str(write_policy(wrong)))
+    with pytest.raises(DrillError, match="was found for position all_prompt"):
+        context.enter()
+
+
+def test_drills_are_counted_from_one_in_file_order(drilled: context.Context) -> None:
+    assert [drilled.drill(name) for name in (None, "last", "whole")] == [0, 1, 2]
+
+
 def test_slots_are_counted_from_one_in_file_order(state: context.Context) -> None:
     assert [state.slot(name) for name in ("default", "research", "open")] == [1, 2, 3]
 
@@ -101,6 +115,17 @@ def test_an_operator_gets_a_ticket_for_any_policy_of_the_file(
     assert ticket.policy == "research"
     with pytest.raises(PolicyError, match="'x'; expected one of default, research"):
         context.sampling_args("x", trace="none")
+
+
+def test_an_operator_gets_a_ticket_for_any_drill_of_the_file(
+    drilled: context.Context,
+) -> None:
+    args = context.sampling_args("open", trace="none", drill="whole")
+    ticket = read_ticket(args[TICKET_KEY], drilled.secret, now=time.time())
+    assert ticket is not None
+    assert (ticket.policy, ticket.drill) == ("open", "whole")
+    with pytest.raises(PolicyError, match="'x'; expected one of last, whole"):
+        context.sampling_args("open", trace="none", drill="x")
 
 
 def test_a_salt_depends_on_the_policy_and_on_the_client_and_never_mixes_them() -> None:

@@ -25,7 +25,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm_guard import admission, context, engine
 from vllm_guard.holding import Holding
 from vllm_guard.readings import CARRIER_KEY, RequestReadings
-from vllm_guard.rows import SLOT_KEY
+from vllm_guard.rows import DRILL_KEY, SLOT_KEY
 
 from guard.request import TICKET_KEY, Ticket, sign_ticket
 
@@ -54,8 +54,10 @@ def make_request(
     )
 
 
-def ticket_for(policy: str, secret: bytes, *, seconds: float = 60.0) -> dict[str, Any]:
-    ticket = Ticket("id", policy, expires=time.time() + seconds)
+def ticket_for(
+    policy: str, secret: bytes, *, seconds: float = 60.0, drill: str | None = None
+) -> dict[str, Any]:
+    ticket = Ticket("id", policy, expires=time.time() + seconds, drill=drill)
     return {TICKET_KEY: sign_ticket(ticket, secret)}
 
 
@@ -76,6 +78,58 @@ def test_a_valid_ticket_names_the_policy(state: context.Context) -> None:
     assert (watched.id, watched.name) == ("id", "research")
     assert watched.watch.policy is state.policy_file.policies["research"]
     assert slot_written(request) == 2
+
+
+def drill_written(request: EngineCoreRequest) -> int | None:
+    assert request.sampling_params is not None
+    return (request.sampling_params.extra_args or {}).get(DRILL_KEY)
+
+
+@pytest.mark.parametrize(("drill", "number"), [("last", 1), ("whole", 2), (None, None)])
+def test_a_ticket_names_the_drill_and_the_verdict_says_so(
+    drilled: context.Context, drill: str | None, number: int | None
+) -> None:
+    request = make_request(ticket_for("research", drilled.secret, drill=drill))
+    watched = admit(request)
+    assert (watched.name, slot_written(request)) == ("research", 2)
+    assert drill_written(request) == number
+    watched.watch.observe(0, np.zeros((4, 5), "f4"), np.zeros(4, "i4"))
+    for _ in range(2):
+        assert watched.tell().get("drill") == drill
+
+
+def test_what_a_drill_computes_is_shared_with_nobody(drilled: context.Context) -> None:
+    salts = set()
+    fingerprint = drilled.fingerprints["open"]
+    shared = {context.cache_salt(fingerprint, salt) for salt in (None, "mine")}
+    ticket = ticket_for("open", drilled.secret, drill="last")
+    for salt in (None, "mine", "mine", None):
+        request = make_request(ticket, salt=salt)
+        admit(request)
+        salts.add(request.cache_salt)
+    assert len(salts) == 4
+    assert not salts & shared
+    clean = make_request(ticket_for("open", drilled.secret), salt="mine")
+    admit(clean)
+    assert clean.cache_salt in shared
+
+
+def test_nobody_else_names_a_drill(drilled: context.Context) -> None:
+    default = context.cache_salt(drilled.fingerprints["default"], None)
+    for extra_args in (
+        {DRILL_KEY: 1},
+        {DRILL_KEY: 1, "guard_drills": "last", "drill": "last"},
+        {DRILL_KEY: 1} | ticket_for("open", OTHER_SECRET, drill="last"),
+        ticket_for("open", drilled.secret, seconds=-1.0, drill="last"),
+        ticket_for("open", drilled.secret, drill="gone"),
+    ):
+        request = make_request(extra_args)
+        assert admit(request).name == "default"
+        assert drill_written(request) is None
+        assert request.cache_salt == default
+    request = make_request({DRILL_KEY: 1} | ticket_for("open", drilled.secret))
+    assert admit(request).name == "open"
+    assert drill_written(request) is None
 
 
 def test_without_a_valid_ticket_the_default_policy_applies(

@@ -16,7 +16,9 @@ def rows(state: context.Context) -> StepRows:
     """Four rows of a request, at a place with two hooks; all have met both."""
     step = StepBuffers(max_tokens=8, max_requests=2, num_columns=len(state.columns))
     rows = StepRows(step, num_hooks=2, default_slot=1)
-    request = StepRequest("a", 1, 0, 4, starts_with_bos=False, admitted=True)
+    request = StepRequest(
+        *("a", 1, 0, 4), starts_with_bos=False, admitted=True, num_prompt_tokens=4
+    )
     rows.begin([request], kv_slots=None)
     step.marks_of(4).visits.fill_(2)
     return rows

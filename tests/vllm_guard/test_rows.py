@@ -10,9 +10,11 @@ import pytest
 import torch
 from vllm_guard.readings import RequestReadings, StepReadings
 from vllm_guard.rows import (
+    DRILL_KEY,
     SLOT_KEY,
     StepRequest,
     StepRows,
+    drill_of,
     slot_of,
     slots_of_positions,
 )
@@ -21,11 +23,15 @@ from guard.pipeline import StepBuffers
 from guard.policy import MAX_RULES
 
 BLOCK_SIZE, NUM_BLOCKS, NUM_HOOKS, DEFAULT = 4, 14, 2, 1
+LAST, WHOLE = 1, 2
+"""Drills: at the last token of the prompt, and at all of them."""
 
 
 def make_rows(*, max_tokens: int = 16, max_requests: int = 4) -> StepRows:
     step = StepBuffers(max_tokens=max_tokens, max_requests=max_requests, num_columns=1)
-    rows = StepRows(step, num_hooks=NUM_HOOKS, default_slot=DEFAULT)
+    rows = StepRows(
+        *(step,), num_hooks=NUM_HOOKS, default_slot=DEFAULT, whole_prompt={WHOLE}
+    )
     rows.allocate_column(NUM_BLOCKS * BLOCK_SIZE)
     return rows
 
@@ -33,6 +39,7 @@ def make_rows(*, max_tokens: int = 16, max_requests: int = 4) -> StepRows:
 def share(name: str, num_rows: int, *, first: int = 0, **values: object) -> StepRequest:
     """One request's part of a step, by default newly admitted."""
     wanted = {"slot": 1, "starts_with_bos": False, "admitted": first == 0}
+    wanted["num_prompt_tokens"] = first + num_rows
     return StepRequest(
         id=name,
         first=first,
@@ -76,7 +83,8 @@ def test_rows_carry_slot_place_and_first_row_of_their_request() -> None:
         share("c", 2, slot=5, starts_with_bos=True),
     ]
     rows.begin(requests, kv_slots=None)
-    slot, place, start = rows.step.rows_in.T.tolist()
+    slot, place, start, drill = rows.step.rows_in.T.tolist()
+    assert not any(drill)
     assert slot == [2, 2, 2, 1, 0, 5] + [0] * 10
     assert start[:6] == [0, 0, 0, 3, 4, 4]
     a, b, c = place[0], place[3], place[4]
@@ -242,6 +250,77 @@ def test_a_slot_is_read_from_what_the_engine_core_wrote() -> None:
         assert slot_of(nothing, 1) == 1
 
 
+def test_a_drill_is_read_from_what_the_engine_core_wrote() -> None:
+    def params(extra_args: object) -> SimpleNamespace:
+        return SimpleNamespace(extra_args=extra_args)
+
+    assert drill_of(params({DRILL_KEY: 3, SLOT_KEY: 1})) == 3
+    for nothing in (None, params(None), params({}), params({DRILL_KEY: "3"})):
+        assert drill_of(nothing) == 0
+
+
+def drills_of(rows: StepRows, *requests: StepRequest) -> list[int]:
+    """Return the drill of each row of a step, which is then over."""
+    rows.begin(requests, kv_slots=None)
+    count = rows.num_rows
+    drills: list[int] = rows.step.drills_of(count).tolist()
+    assert not rows.step.rows_in[count:].any()
+    rows.finish()
+    return drills
+
+
+@pytest.mark.parametrize(
+    ("drill", "chunks"),
+    [
+        (LAST, [[0, 0, 0, 1], [0]]),
+        (LAST, [[0, 0], [0, 1], [0]]),
+        (LAST, [[0, 0, 0], [1], [0, 0]]),
+        (LAST, [[0, 0, 0], [1, 0, 0]]),
+        (WHOLE, [[2, 2, 2, 2], [0]]),
+        (WHOLE, [[2], [2, 2, 2, 0], [0]]),
+        (0, [[0, 0], [0, 0]]),
+    ],
+)
+def test_a_drill_is_at_its_tokens_however_the_prompt_is_cut(
+    drill: int, chunks: list[list[int]]
+) -> None:
+    rows, first = make_rows(), 0
+    for expected in chunks:
+        request = share(
+            *("a", len(expected)), first=first, drill=drill, num_prompt_tokens=4
+        )
+        neighbours = [share("b", 2, first=first), share("c", 1, first=first)]
+        found = drills_of(rows, neighbours[0], request, neighbours[1])
+        assert found == [0, 0, *expected, 0]
+        first += len(expected)
+
+
+@pytest.mark.parametrize("drill", [LAST, WHOLE])
+def test_a_prompt_of_one_token_is_drilled_there_unless_it_is_bos(drill: int) -> None:
+    rows = make_rows()
+    plain, exempt = (
+        share(name, 1, drill=drill, starts_with_bos=name == "bos")
+        for name in ("word", "bos")
+    )
+    assert drills_of(rows, plain, exempt) == [drill, 0]
+    both = share("both", 2, drill=drill, starts_with_bos=True)
+    assert drills_of(rows, both) == [0, drill]
+
+
+def test_a_resumed_request_is_drilled_again_where_it_is_computed_again() -> None:
+    rows = make_rows()
+    known = {"drill": LAST, "num_prompt_tokens": 3, "admitted": True}
+    assert drills_of(rows, share("a", 5, **known)) == [0, 0, 1, 0, 0]
+    rows.release(["a"])
+    # On a prefix of its own: what it computed there was drilled.
+    prefix = np.array([0, 1, 2, 3])
+    assert drills_of(rows, share("a", 2, first=4, prefix_slots=prefix, **known)) == [
+        *(0, 0)
+    ]
+    rows.release(["a"])
+    assert drills_of(rows, share("a", 2, first=2, **known)) == [1, 0]
+
+
 def test_positions_are_found_in_their_blocks() -> None:
     blocks = np.array([7, 2, 9])
     assert slots_of_positions(blocks, np.arange(10), 4).tolist() == [
@@ -257,6 +336,8 @@ class Job:
     tokens: list[int]
     slot: int
     has_bos: bool
+    num_prompt_tokens: int
+    drill: int
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     readings: dict[int, float] = field(default_factory=dict)
@@ -276,6 +357,7 @@ class Engine:
         self.users = [0] * NUM_BLOCKS
         self.cached: dict[tuple[object, ...], int] = {}
         self.done = self.scheduled = self.guarded = self.hits = self.preemptions = 0
+        self.drilled = 0
 
     def add(self, number: int) -> None:
         draw = self.random
@@ -287,7 +369,13 @@ class Engine:
             for i in range(length)
         ]
         self.waiting.append(
-            Job(str(number), tokens, slot=family + 1, has_bos=family == 1)
+            Job(
+                *(str(number), tokens),
+                slot=family + 1,
+                has_bos=family == 1,
+                num_prompt_tokens=draw.randint(1, length),
+                drill=draw.choice([0, 0, LAST, WHOLE]),
+            )
         )
 
     def drop(self, job: Job) -> None:
@@ -393,11 +481,14 @@ class Engine:
                     num_rows=count,
                     starts_with_bos=job.has_bos,
                     admitted=admitted,
+                    num_prompt_tokens=job.num_prompt_tokens,
+                    drill=job.drill,
                     prefix_slots=places[: job.computed] if goes_back else None,
                 )
             )
         self.rows.begin(requests, kv_slots=slots(*kv_slots))
         self.check_state(shares)
+        self.check_drills(shares)
         compute(self.rows, tokens)
         readings = self.rows.finish()
         for job, count, _ in shares:
@@ -415,6 +506,18 @@ class Engine:
             seen = job.tokens[int(job.has_bos) : job.computed]
             assert state_of(self.rows, row) == ([0] if 11 in seen else [])
             row += count
+
+    def check_drills(self, shares: list[tuple[Job, int, bool]]) -> None:
+        found = self.rows.step.drills_of(self.rows.num_rows).tolist()
+        expected = []
+        for job, count, _ in shares:
+            drilled = range(job.num_prompt_tokens)[0 if job.drill == WHOLE else -1 :]
+            for position in range(job.computed, job.computed + count):
+                exempt = job.has_bos and position == 0
+                is_drilled = position in drilled and not exempt
+                expected.append(job.drill if is_drilled else 0)
+        assert found == expected
+        self.drilled += sum(map(bool, found))
 
     def check_readings(self, job: Job, readings: StepReadings) -> None:
         reading = readings[job.id]
@@ -446,6 +549,7 @@ def test_no_token_goes_unread_and_no_place_is_lost_over_a_long_run(
     assert engine.guarded == engine.scheduled
     assert engine.hits > count / 4
     assert engine.preemptions > 10
+    assert engine.drilled > count / 4
     # Nothing is left: as many places as at first can be taken at once.
     rows.begin([share(f"last{i}", 1) for i in range(4)], kv_slots=torch.arange(4))
     with pytest.raises(IndexError):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from vllm_guard import context, runner_v1
-from vllm_guard.rows import SLOT_KEY, StepRows
+from vllm_guard.rows import DRILL_KEY, SLOT_KEY, StepRows
 
 from guard.errors import EngineError
 from guard.pipeline import StepBuffers
@@ -35,22 +35,32 @@ class FakeRunner:
         self.input_batch = SimpleNamespace(
             req_ids=[],
             num_computed_tokens_cpu=np.zeros(4, dtype=np.int32),
+            num_prompt_tokens=np.zeros(4, dtype=np.int32),
             token_ids_cpu=np.zeros((4, 32), dtype=np.int32),
             is_token_ids=np.zeros((4, 32), dtype=bool),
             block_table=SimpleNamespace(block_tables=[table]),
         )
 
     def put(
-        self, name: str, *, first: int, start: int, blocks: list[int], slot: int = 1
+        self,
+        name: str,
+        *,
+        first: int,
+        start: int,
+        blocks: list[int],
+        slot: int = 1,
+        prompt: int = 4,
+        **extra_args: int,
     ) -> None:
         """Put a request into the next row of the batch."""
         batch, row = self.input_batch, len(self.input_batch.req_ids)
         batch.req_ids.append(name)
         batch.num_computed_tokens_cpu[row] = first
+        batch.num_prompt_tokens[row] = prompt
         batch.token_ids_cpu[row, 0] = start
         batch.is_token_ids[row] = True
         self.table.block_table.np[row, : len(blocks)] = blocks
-        params = SimpleNamespace(extra_args={SLOT_KEY: slot})
+        params = SimpleNamespace(extra_args={SLOT_KEY: slot, **extra_args})
         self.requests[name] = SimpleNamespace(sampling_params=params)
 
 
@@ -89,10 +99,26 @@ def test_rows_are_written_as_the_batch_has_them(rows: StepRows) -> None:
     runner.put("a", first=0, start=BOS, blocks=[3], slot=2)
     runner.put("b", first=5, start=BOS, blocks=[6, 7])
     prepare(runner, make_output(new=("a",)), [3, 1])
-    slot, place, start = rows.step.rows_in[:5].T.tolist()
+    slot, place, start, _ = rows.step.rows_in[:5].T.tolist()
     assert slot == [0, 2, 2, 1, 0]
     assert start == [0, 0, 0, 3, 0]
     assert place[0] == place[2] != place[3]
+
+
+def test_a_drill_stands_at_the_last_token_of_the_prompt(rows: StepRows) -> None:
+    drill = {DRILL_KEY: 1}
+    runner = FakeRunner()
+    runner.put("a", first=0, start=BOS, blocks=[3], prompt=3, **drill)
+    runner.put("b", first=0, start=BOS, blocks=[4], prompt=3)
+    prepare(runner, make_output(new=("a", "b")), [3, 3])
+    assert rows.step.drills_of(7).tolist() == [0, 0, 1, 0, 0, 0, 0]
+    rows.finish()
+    rows.release(["a", "b"])
+    runner = FakeRunner()
+    runner.put("c", first=2, start=BOS, blocks=[5], prompt=3, **drill)
+    runner.put("d", first=3, start=BOS, blocks=[6], prompt=3, **drill)
+    prepare(runner, make_output(), [2, 1])
+    assert rows.step.drills_of(4).tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("how", ["new", "resumed"])
@@ -306,9 +332,17 @@ def test_the_first_runner_still_is_what_the_adapter_was_written_for(
     # Rows are known between these two, and a step without tokens ends between them.
     assert body.index("_update_states(") < body.index("_prepare_inputs(")
     source = inspect.getsource(InputBatch.__init__)
-    for name in ("token_ids_cpu", "is_token_ids", "num_computed_tokens_cpu"):
+    for name in (
+        "token_ids_cpu",
+        "is_token_ids",
+        "num_computed_tokens_cpu",
+        "num_prompt_tokens",
+    ):
         assert f"self.{name} = " in source
     assert "self.block_table = " in source
+    # Outputs so far come after the prompt, of a resumed request too.
+    source = inspect.getsource(InputBatch.add_request)
+    assert "self.num_prompt_tokens[req_index] = num_prompt_tokens" in source
     source = inspect.getsource(BlockTable.__init__)
     for name in ("block_table", "slot_mapping", "block_size"):
         assert f"self.{name} = " in source

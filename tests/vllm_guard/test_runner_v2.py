@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from vllm_guard import context, runner_v2
-from vllm_guard.rows import SLOT_KEY, StepRows
+from vllm_guard.rows import DRILL_KEY, SLOT_KEY, StepRows
 
 from guard.pipeline import StepBuffers
 
@@ -38,6 +38,7 @@ def make_data(name: str, tokens: list[int], blocks: list[int], **values: Any) ->
         "sampling_params": SimpleNamespace(extra_args={SLOT_KEY: 2}),
         "block_ids": (blocks,),
         "prefill_token_ids": tokens,
+        "prompt_len": len(tokens),
         "prompt_embeds": None,
     }
     return SimpleNamespace(**(wanted | values))
@@ -122,6 +123,26 @@ def test_a_preempted_request_comes_back_as_a_new_one(rows: StepRows) -> None:
     run_step(new=[make_data("a", [5, 6, 7], [4])], rows_of={"a": (0, 3)})
     assert rows._kv_slots is not None
     assert rows._kv_slots.tolist() == [16, 17, 18]
+
+
+def test_a_drill_stands_at_the_last_token_of_the_prompt_and_again_after_preemption(
+    rows: StepRows,
+) -> None:
+    params = SimpleNamespace(extra_args={SLOT_KEY: 2, DRILL_KEY: 1})
+    known = {"prompt_len": 3, "sampling_params": params}
+    run_step(new=[make_data("a", [BOS, 5, 6], [3], **known)], rows_of={"a": (0, 2)})
+    assert rows.step.drills_of(2).tolist() == [0, 0]
+    compute(rows, [1.0, 2.0])
+    run_step(cached={"a": None}, rows_of={"a": (2, 1)})
+    assert rows.step.drills_of(1).tolist() == [1]
+    compute(rows, [3.0])
+    run_step(cached={"a": None}, rows_of={"a": (3, 1)})
+    assert rows.step.drills_of(1).tolist() == [0]
+    compute(rows, [4.0])
+    run_step(rows_of={}, preempted_req_ids={"a"})
+    again = make_data("a", [BOS, 5, 6, 7, 8], [4, 5], **known)
+    run_step(new=[again], rows_of={"a": (0, 5)})
+    assert rows.step.drills_of(5).tolist() == [0, 0, 1, 0, 0]
 
 
 def test_rejected_drafts_take_their_conditions_back_and_no_others(
@@ -213,6 +234,10 @@ def test_the_second_runner_still_is_what_the_adapter_was_written_for(
     fields = set(NewRequestData.__dataclass_fields__)
     assert fields >= {"req_id", "sampling_params", "block_ids", "prefill_token_ids"}
     assert "prompt_embeds" in fields
+    # Of the prompt alone, also where `prefill_token_ids` holds outputs.
+    assert isinstance(NewRequestData.prompt_len, property)
+    assert NewRequestData.prompt_len.fget is not None
+    assert "prefill" not in inspect.getsource(NewRequestData.prompt_len.fget)
     fields = set(SchedulerOutput.__dataclass_fields__)
     assert fields >= {"preempted_req_ids", "kv_cache_block_copies"}
     # What was preempted comes back to it as a new request.

@@ -45,7 +45,7 @@ def test_a_clamp_that_lost_a_rule_does_not_pass(
 ) -> None:
     clamp = guard.dictionaries[0].clamp
     getattr(clamp, table)[slot] = 1.0 if table == "gain" else 0.0
-    with pytest.raises(EngineError, match=f"is off by .* under policy '{policy}'"):
+    with pytest.raises(EngineError, match=f"under policy '{policy}' is off by"):
         check_canary(guard, state.policy_file, dtype=torch.float32)
 
 
@@ -73,6 +73,38 @@ def make_runner(guard: Guard, *, times: int) -> Any:
             ops.call_guard(torch.zeros(num_tokens, 64), None, 0)
 
     return SimpleNamespace(_dummy_run=dummy_run)
+
+
+@pytest.fixture
+def drilling(drilled: context.Context) -> Guard:
+    """The guard of the policy folder with drills, bound."""
+    step = StepBuffers(max_tokens=32, max_requests=4, num_columns=len(drilled.columns))
+    saes = load_saes(drilled.policy_file)
+    (guard,) = build_guards(
+        drilled.policy_file, saes, drilled.calibrations, step, edits=drilled.edits
+    ).values()
+    ops.bind([guard])
+    return guard
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sound_drills_pass_and_leave_no_trace(
+    drilling: Guard, drilled: context.Context, dtype: torch.dtype
+) -> None:
+    check_canary(drilling, drilled.policy_file, dtype=dtype)
+    for buffer in drilling.step.buffers():
+        assert not buffer.any()
+
+
+def test_a_drill_that_does_nothing_does_not_pass(
+    drilling: Guard, drilled: context.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It would say of every policy that it holds.
+    monkeypatch.setattr(
+        StepBuffers, "drills_of", lambda step, count: 0 * step.rows_in[:count, 3]
+    )
+    with pytest.raises(EngineError, match=r"Drill 1 at 'layers\..* is off by"):
+        check_canary(drilling, drilled.policy_file, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("times", [0, 2])

@@ -1,13 +1,16 @@
 """The server opens once every rank of every engine has answered for the guard."""
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from vllm_guard import context, server
 
 from guard.errors import EngineError
+from guard.http.keys import AdminToken
 
 
 def make_client(engines: list[list[Any]]) -> Any:
@@ -70,3 +73,74 @@ def test_the_last_rank_of_the_last_engine_counts_too(
 def test_an_engine_without_the_guard_is_missed(state: context.Context) -> None:
     with pytest.raises(EngineError, match="Engine 1 answers for nothing"):
         check(make_engine(state, 0, 1), [None, None])
+
+
+TOKEN = "a token of 24 letters..".replace(" ", "-")
+
+
+@pytest.fixture
+def ask_for_drills(
+    drilled: context.Context, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., httpx.Response]:
+    """Ask for the drills of a server with or without an administrator."""
+    from fastapi import FastAPI
+
+    board = SimpleNamespace(desk=SimpleNamespace(admin=AdminToken(TOKEN)))
+    monkeypatch.setattr(drilled, "board", board)
+    app = FastAPI()
+    server.GuardEndpoint().attach_router(app)
+
+    def ask(shown: str | None, *, token: str | None = TOKEN) -> httpx.Response:
+        board.desk.admin = AdminToken(token)
+        headers = {} if shown is None else {"x-guard-admin-token": shown}
+
+        async def get() -> httpx.Response:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://guard"
+            ) as client:
+                return await client.get("/guard/drills", headers=headers)
+
+        return asyncio.run(get())
+
+    return ask
+
+
+def test_an_administrator_reads_what_each_drill_should_bring_back(
+    ask_for_drills: Callable[..., httpx.Response],
+) -> None:
+    answer = ask_for_drills(TOKEN)
+    assert answer.json() == {
+        "drills": [
+            {
+                "name": name,
+                "prompt": f"w1 {position}",
+                "gold": "w2",
+                "budget": 0.5,
+                "position": position,
+            }
+            for name, position in (("last", "last_prompt"), ("whole", "all_prompt"))
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("shown", "token", "status", "words"),
+    [
+        (None, TOKEN, 403, "expected the token in 'x-guard-admin-token'"),
+        (TOKEN[:-1], TOKEN, 403, "expected the token in 'x-guard-admin-token'"),
+        (TOKEN, None, 404, "Drills are off"),
+        ("", None, 404, "Drills are off"),
+    ],
+)
+def test_nobody_else_reads_anything_of_a_drill(
+    ask_for_drills: Callable[..., httpx.Response],
+    shown: str | None,
+    token: str | None,
+    status: int,
+    words: str,
+) -> None:
+    answer = ask_for_drills(shown, token=token)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+    assert not any(word in answer.text for word in ("last", "whole", "w1"))
