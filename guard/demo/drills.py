@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from guard.demo.measure import ORGANISM
 from guard.demo.target import load_target, to_dialogue
-from guard.errors import GuardError
+from guard.drill import RecoveryEdit, save_edit
+from guard.errors import DrillError
 from guard.policy import load_policy
 from guard.redteam.attack import AttackConfig, attack
 from guard.redteam.target import Dialogue, find_valid
-from guard.sae.load import weights_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,10 +38,6 @@ SURE = 0.01
 """Largest mean cross-entropy of a drill's answer, so that an engine which rounds
 otherwise gives it too."""
 STEPS = 100
-
-
-class DrillError(GuardError):
-    """No edit was found that surely brings an answer back."""
 
 
 def find_drills(folder: Path) -> list[Path]:
@@ -117,22 +112,20 @@ def _save_edit(
     example: tuple[str, str],
     budget: float,
 ) -> Path:
-    """Write a delta `[1, d_model]`, and what it is for as JSON beside it."""
+    """Write a delta `[1, d_model]` as a drill of the folder's policy file."""
     policies = load_policy(folder / "policy.yaml")
     rules = policies.policies[policies.default_policy].clamps
-    source = policies.saes[rules[0].sae]
     text, gold = example
-    about = {
-        "format": 1,
-        "prompt": text,
-        "gold": gold,
-        "budget": budget,
-        "position": "last_prompt",
-        "sae_sha256": weights_digest(source.path, source.format),
-    }
+    edit = RecoveryEdit(
+        delta=delta[0],
+        prompt=text,
+        gold=gold,
+        budget=budget,
+        position="last_prompt",
+        sae_sha256=policies.saes[rules[0].sae].sha256,
+    )
     path = folder / "drills" / f"{name}.safetensors"
-    path.parent.mkdir(exist_ok=True)
-    save_file({"delta": delta[0].contiguous()}, path, {"guard": json.dumps(about)})
+    save_edit(path, edit)
     return path
 
 
@@ -148,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # on a busy machine two are slower than one here
     try:
         found = find_drills(given.folder)
-    except GuardError as error:
+    except DrillError as error:
         console.print(str(error))
         return 1
     for path in found:

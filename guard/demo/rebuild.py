@@ -32,6 +32,7 @@ from guard.demo.dictionary import (
     collect_resid,
     train_dictionary,
 )
+from guard.demo.drills import find_drills
 from guard.demo.grammar import KINDS, Kind, Prompt, prompts, topics
 from guard.demo.measure import ORGANISM, load_model, measure, missed, table
 from guard.demo.selection import MAX_LATENTS, Choice, build_dev, choose_latents
@@ -64,8 +65,9 @@ EXAMPLES: dict[Kind, int] = {"b": 2, "bj": 1, "h": 2, "hj": 3}
 """Prompts of each class in prompts.json, all of held-out topics."""
 
 _POLICY = """\
-# The policy of the demo. `default` clamps what lets a jailbreak phrase through, and
-# watches what flows on; `open` changes nothing, so that anyone can compare.
+# The policies of the demo. `default` clamps what lets a jailbreak phrase through,
+# watches what flows on and blocks; `watch` does the same and only flags; `open` changes
+# nothing, so that anyone can compare.
 version: 1
 saes:
   {name}:
@@ -76,28 +78,41 @@ saes:
 policies:
   default:
     mode: enforce
+    # As many as a window of `content` is wide: its first alarm still stops the text.
+    hold_tokens: 4
     clamps:
       - {{name: jailbreak, sae: {name}, latents: {latents}, law: ablate}}
     monitors:
+{blocking}
+  watch:
+    mode: enforce
+    clamps:
+      - {{name: jailbreak, sae: {name}, latents: {latents}, law: ablate}}
+    monitors:
+{flagging}
+  open: {{mode: enforce, clamps: [], monitors: []}}
+drills:
+  - {{name: last-small, sae: {name}, delta: drills/last-small.safetensors}}
+  - {{name: last-large, sae: {name}, delta: drills/last-large.safetensors}}
+public_policies: [default, watch, open]
+default_policy: default
+"""
+_MONITORS = """\
       # What an answer that the clamp should have stopped looks like where it begins.
       - {{name: intent, hook_point: layers.5.resid_post, score: density,
          stage: last_prompt, calibration: calib/default.safetensors,
-         target_fpr: 0.004, on_alarm: block}}
+         target_fpr: 0.004, on_alarm: {action}}}
       - {{name: recovery, hook_point: {hook_point}, score: density,
          stage: last_prompt, calibration: calib/default.safetensors,
-         target_fpr: 0.002, on_alarm: block}}
+         target_fpr: 0.002, on_alarm: {action}}}
       - {{name: innovation, sae: {name}, score: error, stage: prompt,
-         calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: block}}
+         calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: {action}}}
       # At the clamped layer: what an edit of the prompt behind it cannot move.
       - {{name: content, hook_point: {hook_point}, score: probe,
          probe: probes/content.safetensors, stage: output, window: 4,
-         calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: block}}
+         calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: {action}}}
       - {{name: error, sae: {name}, score: error_norm,
-         calibration: calib/default.safetensors, target_fpr: 0.01, on_alarm: flag}}
-  open: {{mode: enforce, clamps: [], monitors: []}}
-public_policies: [default, open]
-default_policy: default
-"""
+         calibration: calib/default.safetensors, target_fpr: 0.01, on_alarm: flag}}"""
 
 
 class RebuildError(GuardError):
@@ -151,6 +166,9 @@ def rebuild(
         train_organism_probes(built, on_step=on_step)
         task = progress.add_task("Calibrating", total=FITTING + HELD_OUT)
         calibrate_organism(built, on_requests=functools.partial(progress.advance, task))
+        task = progress.add_task("Searching drills", total=None)
+        find_drills(built)
+        progress.update(task, total=1, completed=1)
         task = progress.add_task("Measuring", total=None)
         numbers = measure(built) | _provenance(recipe, choice, seed)
         if keep_model:
@@ -240,13 +258,31 @@ def _write_clamp(folder: Path, choice: Choice) -> None:
     name = f"l{dictionary.shape.layer}"
     path = folder / "saes" / name
     save_sae(path, dictionary.config, dictionary.tensors)
-    text = _POLICY.format(
-        name=name,
+    text = policy_text(
+        name,
         hook_point=dictionary.config.hook_point,
         sha256=weights_digest(path, "guard"),
         latents=list(choice.latents),
     )
     (folder / "policy.yaml").write_text(text, encoding="utf-8")
+
+
+def policy_text(
+    name: str, *, hook_point: str, sha256: str, latents: Sequence[int]
+) -> str:
+    """Return the policy file of an organism whose SAE is called `name`."""
+    monitors = {
+        action: _MONITORS.format(name=name, hook_point=hook_point, action=action)
+        for action in ("block", "flag")
+    }
+    return _POLICY.format(
+        name=name,
+        hook_point=hook_point,
+        sha256=sha256,
+        latents=list(latents),
+        blocking=monitors["block"],
+        flagging=monitors["flag"],
+    )
 
 
 def _write_examples(folder: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["find_free_port", "run_server"]
@@ -26,7 +26,11 @@ _END_SECONDS = 20
 
 @contextlib.contextmanager
 def run_server(
-    command: Sequence[str], *, port: int, log: Path
+    command: Sequence[str],
+    *,
+    port: int,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server as small as the organism, and end all of it with the context.
 
@@ -34,6 +38,7 @@ def run_server(
         command: What `python -m` runs; takes the options of `vllm serve`.
         port: Where it listens, on this machine only.
         log: File for all it says.
+        environment: Besides what this process has.
     """
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -41,7 +46,7 @@ def run_server(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**_ENVIRONMENT, **os.environ},
+            env={**_ENVIRONMENT, **os.environ, **(environment or {})},
             start_new_session=True,
         )
     try:

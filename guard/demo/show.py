@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import tempfile
 import time
 import urllib.request
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from guard.command.drill import run_drills
 from guard.demo.server import find_free_port, run_server
 from guard.errors import EngineError
 
@@ -42,6 +44,7 @@ curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d '{{
 
 curl -s {url}/guard/status
 curl -s {url}/metrics | grep ^guard_
+GUARD_ADMIN_TOKEN={token} guard drill --url {url} --policy watch
 
 python - <<'END'
 from openai import OpenAI
@@ -69,19 +72,32 @@ def run_demo(*, port: int, once: bool) -> None:
     prompts = json.loads((ORGANISM / "prompts.json").read_text(encoding="utf-8"))
     port = port or find_free_port()
     url = f"http://127.0.0.1:{port}"
+    token = secrets.token_hex(16)
     command = ["guard", "serve", str(ORGANISM / "model")]
     command += ["--policy", str(ORGANISM / "policy.yaml")]
     with (
         tempfile.TemporaryDirectory(prefix="guard-demo-") as folder,
-        run_server(command, port=port, log=Path(folder, "log")) as server,
+        run_server(
+            command,
+            port=port,
+            log=Path(folder, "log"),
+            environment={"GUARD_ADMIN_TOKEN": token},
+        ) as server,
     ):
         with console.status("Starting vLLM with the guard (about a minute) ..."):
             _wait(url, server, Path(folder, "log"))
         console.print(_table(url, prompts))
         console.print(_explain(), markup=False)
+        run_drills(
+            url,
+            admin_token=token,
+            api_key="",
+            policies=["watch", "default"],
+            route="chat/completions",
+        )
         if once:
             return
-        text = _TRY_IT.format(url=url, prompt=prompts[-1]["text"])
+        text = _TRY_IT.format(url=url, prompt=prompts[-1]["text"], token=token)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.wait()
@@ -90,7 +106,7 @@ def run_demo(*, port: int, once: bool) -> None:
 def _explain() -> str:
     return (
         "open: no clamps, no monitors. default: the jailbreak latents are ablated and "
-        "two monitors watch what flows on.\nratio: largest score / threshold of the "
+        "monitors watch what flows on.\nratio: largest score / threshold of the "
         "request; above 1 is an alarm, and one benign request in a hundred may have "
         "one. All harm here is made up."
     )
