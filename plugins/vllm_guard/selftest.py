@@ -189,7 +189,12 @@ def _hold(
 
 
 def _make_canary(guard: Guard) -> Tensor:
-    """Return rows in which the latents that matter are active, `[rows, d_model]`."""
+    """Return rows in which the latents that matter are active, `[rows, d_model]`.
+
+    Where there is no SAE, nothing may happen to any rows.
+    """
+    if not guard.dictionaries:
+        return torch.ones(NUM_ROWS, guard.d_model or 1, device=guard.step.state.device)
     rows = []
     for part in guard.dictionaries:
         sae, latents = part.sae, part.clamp.columns
