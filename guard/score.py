@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from guard.errors import CalibrationError
 
@@ -146,15 +147,17 @@ def fit_probe(_activations: Activations) -> dict[str, Tensor]:
 
 
 def probe(activations: Activations, statistics: Statistics) -> Tensor:
-    """Return the log-odds of a probe on `resid`, `[num_tokens]`.
+    """Return how little a probe doubts, `-log(1 - p)` in nats, `[num_tokens]`.
 
-    A linear part and one small hidden layer: `x @ weight + relu(x @ inward + bias) @
-    outward + offset`.
+    The log-odds of p are a linear part and one small hidden layer: `x @ weight + relu(x
+    @ inward + bias) @ outward + offset`. Never negative: in the mean over a window no
+    harmless token outweighs others.
     """
     resid = activations.resid
     hidden = (resid @ statistics["inward"] + statistics["bias"]).relu()
     linear = resid @ statistics["weight"]
-    return linear + hidden @ statistics["outward"] + statistics["offset"]
+    odds = linear + hidden @ statistics["outward"] + statistics["offset"]
+    return functional.softplus(odds)
 
 
 SCORES: dict[str, Score] = {

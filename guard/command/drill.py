@@ -30,7 +30,6 @@ _COLUMNS = (
     "policy",
     "behaviour back",
     "ratio",
-    "alarms",
     "action",
     "counted",
     "clean again",
@@ -39,7 +38,7 @@ _CAPTION = """\
 behaviour back: whether the answer is the one that the policy suppresses; withheld
 where it was blocked before. ratio: largest score / threshold. counted: whether
 guard_alarms_total of the policy moved. clean again: whether the same prompt right
-after, without the drill, got the answer and the alarms of before; and its ratios."""
+after, without the drill, got the answer and the alarms of before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +56,13 @@ class Reply:
 
     @property
     def ratios(self) -> str:
-        """One monitor a line."""
+        """One monitor a line, marked where it alarmed."""
         readings = self.guard.get("readings", ())
-        return "\n".join(f"{r['monitor']} {_show(r['ratio'])}" for r in readings)
+        return "\n".join(
+            f"{r['monitor']} {_show(r['ratio'])}"
+            + (" ALARM" if r["monitor"] in self.alarms else "")
+            for r in readings
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,9 @@ def run_drills(
         raise EngineError(message)
     model = server.call("/v1/models")["data"][0]["id"]
     runs = [(drill, policy) for policy in policies for drill in drills]
-    table = Table(*_COLUMNS, title="Fire drills", caption=_CAPTION, show_lines=True)
+    table = Table(title="Fire drills", caption=_CAPTION, show_lines=True)
+    for column in _COLUMNS:
+        table.add_column(column, overflow="fold")
     table.caption_justify = "left"
     screen = Console(stderr=True)
     is_piped = not screen.is_terminal
@@ -179,17 +184,16 @@ def count_alarms(server: Client, policy: str) -> float:
 
 
 def _describe(outcome: Outcome, drill: Mapping[str, Any]) -> tuple[str, ...]:
-    drilled, after = outcome.drilled, outcome.after
+    drilled = outcome.drilled
     clean = "yes" if outcome.is_clean_again else "NO"
     return (
         drill["name"],
         drilled.guard["policy"],
         judge(drilled, drill["gold"]),
         drilled.ratios,
-        "\n".join(drilled.alarms),
         drilled.guard["action"],
         "yes" if outcome.counted > 0 else "no",
-        f"{clean}\n{after.ratios}".strip(),
+        clean,
     )
 
 
@@ -210,4 +214,5 @@ def judge(reply: Reply, gold: str) -> Literal["yes", "no", "withheld"]:
 
 
 def _show(ratio: float | None) -> str:
-    return "not finite" if ratio is None else f"{ratio:.2f}"
+    # None where no token of the monitor's stage was read.
+    return "-" if ratio is None else f"{ratio:.2f}"
