@@ -1,7 +1,7 @@
 """Random SAEs, policies and batches that several tests draw from."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -453,6 +453,23 @@ def assert_same_bits(one: Tensor, other: Tensor) -> None:
     """Fail where a bit differs; -0.0 is not 0.0, and a NaN is the same NaN."""
     kind = {2: torch.int16, 4: torch.int32}[one.element_size()]
     assert torch.equal(one.contiguous().view(kind), other.contiguous().view(kind))
+
+
+def assert_same_calibration(one: Calibration, other: Calibration) -> None:
+    """Fail where two calibrations differ in a bit."""
+    assert (one.lengths, one.provenance) == (other.lengths, other.provenance)
+    for tensors in (
+        zip(one.scales, other.scales, strict=True),
+        zip(one.maxima, other.maxima, strict=True),
+    ):
+        assert all(torch.equal(*pair) for pair in tensors)
+    assert list(one.entries) == list(other.entries)
+    for name, entry in one.entries.items():
+        twin = other.entries[name]
+        assert replace(entry, statistics={}) == replace(twin, statistics={})
+        assert entry.statistics.keys() == twin.statistics.keys()
+        for key, value in entry.statistics.items():
+            assert torch.equal(value, twin.statistics[key])
 
 
 def is_clear_cut(traffic: Traffic) -> bool:

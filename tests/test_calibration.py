@@ -5,7 +5,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,13 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from specimens import AT, draw_rows, make_ellipsoid, make_monitor
+from specimens import (
+    AT,
+    assert_same_calibration,
+    draw_rows,
+    make_ellipsoid,
+    make_monitor,
+)
 from torch import Tensor
 
 from guard.calibration import (
@@ -160,24 +165,7 @@ def test_a_calibration_is_loaded_as_it_was_saved(
     saved = make_calibration(*counts, provenance=provenance)
     save_calibration(saved, path)
     loaded = load_calibration(path)
-    assert_same(loaded, saved)
-
-
-def assert_same(one: Calibration, other: Calibration) -> None:
-    """Fail where two calibrations differ in a bit."""
-    assert (one.lengths, one.provenance) == (other.lengths, other.provenance)
-    for tensors in (
-        zip(one.scales, other.scales, strict=True),
-        zip(one.maxima, other.maxima, strict=True),
-    ):
-        assert all(torch.equal(*pair) for pair in tensors)
-    assert list(one.entries) == list(other.entries)
-    for name, entry in one.entries.items():
-        twin = other.entries[name]
-        assert replace(entry, statistics={}) == replace(twin, statistics={})
-        assert entry.statistics.keys() == twin.statistics.keys()
-        for key, value in entry.statistics.items():
-            assert torch.equal(value, twin.statistics[key])
+    assert_same_calibration(loaded, saved)
 
 
 def test_several_monitors_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
@@ -198,7 +186,7 @@ def test_several_monitors_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
     )
     save_calibration(saved, tmp_path / "c")
     loaded = load_calibration(tmp_path / "c")
-    assert_same(loaded, saved)
+    assert_same_calibration(loaded, saved)
     fresh = Activations(draw_rows(6, seed=9), draw_rows(6, seed=10))
     for name in ("z", "a.b-c"):
         apply = SCORES[entries[name].score].apply
