@@ -111,7 +111,8 @@ class Calibration:
             By name, in the score's unit; a larger score is an alarm.
 
         Raises:
-            CalibrationError: The bucket holds too few requests for the target.
+            CalibrationError: The bucket holds too few requests for the target, or too
+                few with a token that counts.
         """
         bucket = self.bucket(total_length)
         target = sum(targets.values(), Fraction(0))
@@ -121,7 +122,7 @@ class Calibration:
         allowed = -torch.tensor([float(t / target) for t in targets.values()]).log()
         allowed = allowed.double()
         maxima = self.maxima[bucket].double()[:, columns]
-        joint = ((maxima - level) / spread - allowed).amax(1).sort().values
+        joint = ((maxima - level) / spread - allowed).amax(1)
         rank = math.ceil((len(joint) + 1) * (1 - target))
         if rank > len(joint):
             message = (
@@ -131,7 +132,16 @@ class Calibration:
                 f"{needed_requests(target)}."
             )
             raise CalibrationError(message)
-        found = level + spread * (joint[rank - 1] + allowed)
+        bar = joint.sort().values[rank - 1]
+        if bar == -math.inf:
+            message = (
+                "Too few requests of the calibration have a token of the stage of "
+                f"{', '.join(targets)}; expected longer answers in more of them."
+            )
+            raise CalibrationError(message)
+        found = level + spread * (bar + allowed)
+        # Nobody up to the bar is over it, not even by a rounding.
+        found = found.maximum(maxima[joint <= bar].amax(0))
         return dict(zip(targets, found.tolist(), strict=True))
 
 
@@ -207,7 +217,7 @@ def fit_scales(maxima: Tensor) -> Tensor:
     """
     scales = []
     for column in maxima.double().unbind(1):
-        seen = column[column > -math.inf]
+        seen = column[column != -math.inf]
         if not len(seen) or not seen.isfinite().all():
             message = (
                 "A monitor's score was never finite on benign traffic; expected "

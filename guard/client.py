@@ -88,7 +88,11 @@ class Client:
                 "prompts alone."
             )
             raise EngineError(message)
-        (model, *_) = self.call("/v1/models")["data"]
+        try:
+            (model, *_) = self.call("/v1/models")["data"]
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"{self._url} names no model; expected an OpenAI-compatible one."
+            raise EngineError(message) from error
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             try:
                 yield from pool.map(lambda prompt: self._ask(model, prompt), prompts)

@@ -186,7 +186,16 @@ class Reading:
 
 
 def _ratio(score: float, threshold: float) -> float:
-    return score / threshold if threshold else math.inf
+    """Return score over threshold: above 1 if and only if the score is an alarm.
+
+    A probe's log-odds may have a threshold below 0. It is as far from it then as from
+    one above: `1 + (score - threshold) / |threshold|` is the same where both exist.
+    """
+    if math.isinf(score):
+        return score
+    if threshold:
+        return score / threshold if threshold > 0 else 2 - score / threshold
+    return math.inf if score > 0 else float(score == 0)
 
 
 class _Running:
@@ -225,9 +234,9 @@ class _Running:
         self.recent: deque[float] = deque(maxlen=window - 1)
         """The scores before the next one that share a window with it."""
 
-    def smooth(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    def smooth(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the mean of the window that ends at each of consecutive positions."""
-        known = scores.astype(np.float64)
+        known = scores.copy()
         known[~np.isfinite(scores) | (scores == EXEMPT)] = np.inf
         if self.window == 1:
             return known
@@ -240,11 +249,12 @@ class _Running:
         for shift in range(self.window):
             total += padded[shift : shift + len(known)]
         counts = len(before) + 1 + np.arange(len(known))
-        return total / np.minimum(counts, self.window)
+        # Rounded here, so that two means tie or not however they were computed.
+        return (total / np.minimum(counts, self.window)).astype(np.float32)
 
-    def is_over(self, means: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    def is_over(self, means: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
         """Whether each mean is an alarm; one that is not finite always is."""
-        return (means.astype(np.float32) > self.threshold) | np.isinf(means)
+        return (means > self.threshold) | np.isinf(means)
 
     def observe(self, scores: npt.NDArray[np.float32], first: int) -> None:
         """Take in the column's scores of consecutive positions of its stage."""
@@ -256,7 +266,7 @@ class _Running:
             self.alarm_position = first + int(over.argmax())
         largest = int(means.argmax())
         if means[largest] > self.maximum:
-            self.maximum = float(np.float32(means[largest]))
+            self.maximum = float(means[largest])
             self.position = first + largest
         self.recent.extend(scores[1 - self.window or len(scores) :].tolist())
 

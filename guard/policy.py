@@ -246,8 +246,10 @@ class Monitor(_Frozen):
             )
         if (self.sae is None) == (self.hook_point is None):
             _refuse("expected either sae or hook_point", "score")
-        if (self.probe is None) == (self.score == "probe"):
-            _refuse("goes with score probe, and with no other", "probe")
+        if self.score == "probe" and self.probe is None:
+            _refuse("score probe needs a probe; expected the path of one", "score")
+        if self.score != "probe" and self.probe is not None:
+            _refuse(f"goes with score probe, not {self.score}; leave it out", "probe")
         if self.calibration is None:
             _refuse(
                 f"score {self.score} needs a calibration; expected the path of one",

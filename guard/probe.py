@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 FORMAT = 1
+_PARTS = ("weight", "inward", "bias", "outward", "offset")
+"""Statistics of the score `probe`."""
 
 
 class Example(NamedTuple):
@@ -181,10 +183,12 @@ def judge_probe(
         label_of[example.group] = max(label_of.get(example.group, 0), example.label)
     ranked = sorted(label_of, key=lambda group: (label_of[group], group))
     fold_of = {group: number % folds for number, group in enumerate(ranked)}
-    if min(sum(label_of.values()), len(label_of)) < folds:
+    held = [{e.label for e in examples if fold_of[e.group] == f} for f in range(folds)]
+    if any(labels != {0, 1} for labels in held):
         message = (
             f"{len(label_of)} groups, {sum(label_of.values())} with label 1, are too "
-            f"few to judge a probe on groups it never saw; expected {folds} at least."
+            f"few to judge a probe on groups it never saw; expected {folds} at least "
+            "of either label."
         )
         raise CalibrationError(message)
     found = []
@@ -238,13 +242,21 @@ def load_probe(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["guard"])
             statistics = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        known = about.pop("format", None)
     except FileNotFoundError as error:
         message = f"{path}: no such probe; `guard probe train` writes one."
         raise CalibrationError(message) from error
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    except (
+        SafetensorError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as error:
         message = f"{path}: not a probe that `guard probe train` wrote ({error})."
         raise CalibrationError(message) from error
-    if about.pop("format", None) != FORMAT:
+    if known != FORMAT or statistics.keys() != set(_PARTS):
         message = f"{path}: a probe of another format; train it again."
         raise CalibrationError(message)
     return statistics, about

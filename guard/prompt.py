@@ -58,7 +58,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     prompts = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: JSON text may hold other characters that end a line.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         message = f"{path}: cannot be read ({error}); expected JSON lines in UTF-8."
         raise PromptError(message) from error

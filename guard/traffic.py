@@ -7,7 +7,7 @@ server that tells its readings (`Recorder`, `Server`).
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -71,16 +71,18 @@ class Told:
     @classmethod
     def of(cls, verdict: Mapping[str, Any], total_length: int) -> Self:
         """Read a traced `guard` object."""
-        readings = verdict["readings"]
         return cls(
-            # What is not finite has no word in JSON.
-            scores={r["monitor"]: _number(r["score"]) for r in readings},
+            scores={r["monitor"]: _score(r) for r in verdict["readings"]},
             alarms=frozenset(alarm["monitor"] for alarm in verdict["alarms"]),
             total_length=total_length,
         )
 
 
-def _number(score: float | None) -> float:
+def _score(reading: Mapping[str, Any]) -> float:
+    """Return the score of a reading; JSON has no word for what is not finite."""
+    if reading["position"] is None:
+        return -math.inf  # no token of the monitor's stage
+    score = reading["score"]
     return math.inf if score is None else float(score)
 
 
@@ -180,7 +182,9 @@ class _Progress:
         self._folder = folder
         self._fit = folder / "fit.safetensors"
         known = folder / "run.json"
-        text = json.dumps(provenance, sort_keys=True)
+        # A run that began yesterday is the same run.
+        same = {key: value for key, value in provenance.items() if key != "date"}
+        text = json.dumps(same, sort_keys=True)
         if not known.exists() or known.read_text(encoding="utf-8") != text:
             for old in folder.glob("*.safetensors"):
                 old.unlink()
@@ -251,8 +255,11 @@ def recalibrate(
         on_requests: Told as requests are done.
 
     Raises:
-        CalibrationError: A monitor blocks, or there is too little traffic.
+        CalibrationError: A monitor blocks, the calibration or the server has other
+            monitors, or there is too little traffic.
     """
+    names = [monitor.name for monitor in policy.monitors]
+    _check_monitors("The calibration", calibration.entries, names)
     blocking = [m.name for m in policy.monitors if m.on_alarm == "block"]
     if policy.mode == "enforce" and blocking:
         message = (
@@ -262,6 +269,7 @@ def recalibrate(
         raise CalibrationError(message)
     held_out = []
     for told in server.ask(prompts):
+        _check_monitors("The server's policy", told.scores, names)
         maxima = torch.tensor([told.scores[name] for name in calibration.entries])
         held_out.append((told.total_length, maxima))
         on_requests(1)
@@ -275,6 +283,15 @@ def recalibrate(
     renewed = replace(fresh, scales=calibration.scales)
     check_sample(renewed, policy)
     return renewed
+
+
+def _check_monitors(whose: str, found: Iterable[str], wanted: Iterable[str]) -> None:
+    if set(found) != set(wanted):
+        message = (
+            f"{whose} has the monitors {', '.join(found)}; expected those of the "
+            f"policy, {', '.join(wanted)}."
+        )
+        raise CalibrationError(message)
 
 
 def check_sample(calibration: Calibration, policy: Policy) -> None:

@@ -1,7 +1,7 @@
 """Random SAEs, policies and batches that several tests draw from."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from guard.policy import (
 from guard.sae.config import SaeConfig
 from guard.sae.load import build_sae
 from guard.sae.model import Sae
-from guard.score import SCORES, Statistics
+from guard.score import SCORES, Activations, Statistics
 
 D_MODEL, D_SAE, TOPK = 12, 16, 5
 AT = "layers.1.resid_post"
@@ -178,6 +178,89 @@ def make_ellipsoid(basis: Tensor, *, rest: float = 0.0) -> dict[str, Tensor]:
         "leading": torch.ones(directions),
         "rest": torch.tensor(rest),
     }
+
+
+def draw_probe(*, hidden: int = 7, seed: int = 0) -> dict[str, Tensor]:
+    """Return the weights of a random probe."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "weight": draw(D_MODEL),
+        "inward": draw(D_MODEL, hidden),
+        "bias": draw(hidden),
+        "outward": draw(hidden),
+        "offset": draw(1)[0],
+    }
+
+
+def watch_everything() -> tuple[PolicyFile, dict[str, Sae]]:
+    """Return policies that watch every score, at three hook points, under clamps.
+
+    `p` and `q` have monitors at the SAEs `a` and `b`, and between them; `open` none.
+    """
+    between = "layers.3.resid_post"
+    share = {"target_fpr": 0.05}
+    clamps = (
+        Rule(name="hold", sae="a", latents=(0, 1, 2), law="set", value=3.0),
+        Rule(name="dim", sae="b", latents=(4,), law="ablate"),
+    )
+    policies = {
+        "p": Policy(
+            clamps=clamps,
+            monitors=(
+                make_monitor("far", score="density", **share),
+                make_monitor("odd", score="error", window=3, **share),
+                make_monitor("apart", score="density", hook_point=between, **share),
+                make_monitor(
+                    "content",
+                    score="probe",
+                    hook_point=AT,
+                    probe="x",
+                    stage="output",
+                    **share,
+                ),
+                make_monitor("left", score="clamp_residual", **share),
+                make_monitor("late", sae="b", stage="prompt", **share),
+            ),
+        ),
+        "q": Policy(
+            monitors=(
+                make_monitor("far", score="density", calibration="q"),
+                make_monitor(
+                    "content",
+                    score="probe",
+                    hook_point=between,
+                    probe="x",
+                    calibration="q",
+                ),
+            )
+        ),
+        "open": Policy(),
+    }
+    policy_file = make_policy_file(policies, saes={"a": AT, "b": "layers.5.resid_post"})
+    return policy_file, {"a": make_sae("topk"), "b": make_sae("jumprelu", seed=1)}
+
+
+def fit_everything(policy_file: PolicyFile) -> dict[str, Calibration]:
+    """Return calibrations of `watch_everything`, fitted on random rows, by path."""
+    found = {}
+    for seed, (name, path) in enumerate((("p", "calibration"), ("q", "q"))):
+        rows = draw_rows(300, seed=seed)
+        benign = Activations(rows @ draw_rows(D_MODEL, seed=9), rows)
+        found[path] = make_calibration(
+            policy_file,
+            name,
+            statistics={
+                monitor.name: draw_probe(seed=seed)
+                if monitor.score == "probe"
+                else SCORES[monitor.score].fit(benign)
+                for monitor in policy_file.policies[name].monitors
+            },
+        )
+    return found
 
 
 @st.composite
@@ -370,6 +453,23 @@ def assert_same_bits(one: Tensor, other: Tensor) -> None:
     """Fail where a bit differs; -0.0 is not 0.0, and a NaN is the same NaN."""
     kind = {2: torch.int16, 4: torch.int32}[one.element_size()]
     assert torch.equal(one.contiguous().view(kind), other.contiguous().view(kind))
+
+
+def assert_same_calibration(one: Calibration, other: Calibration) -> None:
+    """Fail where two calibrations differ in a bit."""
+    assert (one.lengths, one.provenance) == (other.lengths, other.provenance)
+    for tensors in (
+        zip(one.scales, other.scales, strict=True),
+        zip(one.maxima, other.maxima, strict=True),
+    ):
+        assert all(torch.equal(*pair) for pair in tensors)
+    assert list(one.entries) == list(other.entries)
+    for name, entry in one.entries.items():
+        twin = other.entries[name]
+        assert replace(entry, statistics={}) == replace(twin, statistics={})
+        assert entry.statistics.keys() == twin.statistics.keys()
+        for key, value in entry.statistics.items():
+            assert torch.equal(value, twin.statistics[key])
 
 
 def is_clear_cut(traffic: Traffic) -> bool:

@@ -3,26 +3,38 @@
 import itertools
 import json
 import math
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from specimens import AT, draw_rows, make_ellipsoid
+from specimens import (
+    AT,
+    assert_same_calibration,
+    draw_rows,
+    make_ellipsoid,
+    make_monitor,
+)
 from torch import Tensor
 
 from guard.calibration import (
     Calibration,
     Entry,
+    excess_probability,
+    fit_scales,
     load_calibration,
+    needed_requests,
     save_calibration,
+    share_budgets,
 )
 from guard.errors import CalibrationError
+from guard.policy import Monitor, Policy
 from guard.recording import fit_calibration
 from guard.score import SCORES, Activations
 
@@ -153,24 +165,7 @@ def test_a_calibration_is_loaded_as_it_was_saved(
     saved = make_calibration(*counts, provenance=provenance)
     save_calibration(saved, path)
     loaded = load_calibration(path)
-    assert_same(loaded, saved)
-
-
-def assert_same(one: Calibration, other: Calibration) -> None:
-    """Fail where two calibrations differ in a bit."""
-    assert (one.lengths, one.provenance) == (other.lengths, other.provenance)
-    for tensors in (
-        zip(one.scales, other.scales, strict=True),
-        zip(one.maxima, other.maxima, strict=True),
-    ):
-        assert all(torch.equal(*pair) for pair in tensors)
-    assert list(one.entries) == list(other.entries)
-    for name, entry in one.entries.items():
-        twin = other.entries[name]
-        assert replace(entry, statistics={}) == replace(twin, statistics={})
-        assert entry.statistics.keys() == twin.statistics.keys()
-        for key, value in entry.statistics.items():
-            assert torch.equal(value, twin.statistics[key])
+    assert_same_calibration(loaded, saved)
 
 
 def test_several_monitors_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
@@ -191,7 +186,7 @@ def test_several_monitors_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
     )
     save_calibration(saved, tmp_path / "c")
     loaded = load_calibration(tmp_path / "c")
-    assert_same(loaded, saved)
+    assert_same_calibration(loaded, saved)
     fresh = Activations(draw_rows(6, seed=9), draw_rows(6, seed=10))
     for name in ("z", "a.b-c"):
         apply = SCORES[entries[name].score].apply
@@ -301,3 +296,242 @@ def test_a_calibration_of_the_first_format_asks_for_a_new_one(tmp_path: Path) ->
     write(tmp_path / "c", {"maxima.10": torch.arange(3.0)}, {"format": 1})
     with pytest.raises(CalibrationError, match=r"format 1; expected format 2\. Calibr"):
         load_calibration(tmp_path / "c")
+
+
+def over(
+    calibration: Calibration, targets: Mapping[str, Fraction], row: Tensor
+) -> bool:
+    """Whether a request with these maxima alarms, as a watch compares them."""
+    thresholds = calibration.thresholds(1, targets=targets)
+    places = {name: place for place, name in enumerate(calibration.entries)}
+    return any(
+        bool(row[places[name]] > torch.tensor(threshold, dtype=torch.float32))
+        for name, threshold in thresholds.items()
+    )
+
+
+def make_joint(maxima: Tensor, scale: Tensor | None = None) -> Calibration:
+    """Return a calibration of as many monitors as there are columns."""
+    width = maxima.shape[1]
+    if scale is None:
+        scale = torch.tensor([[0.0, 1.0]]).repeat(width, 1)
+    return make_calibration(
+        entries={f"m{i}": Entry("density", AT, None, 1, {}) for i in range(width)},
+        lengths=(10,),
+        scales=(scale,),
+        maxima=(maxima,),
+    )
+
+
+def share(*targets: str) -> dict[str, Fraction]:
+    return {f"m{i}": Fraction(target) for i, target in enumerate(targets)}
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Fraction]]:
+    """Maxima of exchangeable requests, any scale, and targets of the monitors."""
+    count, width = draw(st.integers(8, 30)), draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    own = torch.randn(count, width, generator=generator)
+    shared = torch.randn(count, 1, generator=generator)
+    weight = draw(st.sampled_from([0.0, 0.5, 1.0]))
+    sizes = torch.tensor(
+        [draw(st.sampled_from([1e-3, 1.0, 1e4])) for _ in range(width)]
+    )
+    maxima = (weight * shared + (1 - weight) * own) * sizes
+    # Some requests have no token of a monitor's stage.
+    if width > 1 and draw(st.booleans()):
+        maxima[::3, -1] = -math.inf
+    level = torch.randn(width, generator=generator) * sizes
+    spread = torch.rand(width, generator=generator) * sizes + 1e-6
+    targets = share(*(draw(st.sampled_from(["0.05", "0.1", "0.12"])) for _ in sizes))
+    return maxima, torch.stack([level, spread], 1), targets
+
+
+@given(sample=samples())
+def test_any_of_several_monitors_alarms_exactly_as_often_as_their_targets_allow(
+    sample: tuple[Tensor, Tensor, dict[str, Fraction]],
+) -> None:
+    """Each of n + 1 exchangeable requests is as likely to be the last one."""
+    maxima, scale, targets = sample
+    target = sum(targets.values())
+    assume(target * len(maxima) >= 1)
+    alarms = 0
+    for last in range(len(maxima)):
+        others = torch.cat([maxima[:last], maxima[last + 1 :]])
+        alarms += over(make_joint(others, scale), targets, maxima[last])
+    assert alarms == math.floor(target * len(maxima))
+
+
+@given(sample=samples(), target=st.sampled_from(TARGETS))
+def test_the_threshold_of_one_monitor_is_one_of_its_maxima_whatever_the_scale(
+    sample: tuple[Tensor, Tensor, dict[str, Fraction]], target: str
+) -> None:
+    maxima, scale, _ = sample
+    calibration = make_joint(maxima[:, :1], scale[:1])
+    rank = exact_rank(len(maxima), target)
+    if rank is not None:
+        expected = maxima[:, 0].sort().values[rank - 1]
+        found = calibration.thresholds(1, targets=share(target))["m0"]
+        assert torch.tensor(found, dtype=torch.float32) == expected
+
+
+def test_a_threshold_is_never_below_a_maximum_that_it_admits_by_a_rounding() -> None:
+    # A latent that a clamp ablates reads 0 on most requests: 0 must not be above it.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        maxima = torch.rand(40, 2, generator=generator)
+        maxima[:36, 0] = 0.0
+        scale = torch.rand(2, 2, generator=generator) + 0.1
+        for targets in (share("0.3"), share("0.2", "0.3")):
+            calibration = make_joint(maxima[:, : len(targets)], scale[: len(targets)])
+            assert calibration.thresholds(1, targets=targets)["m0"] >= 0.0
+
+
+def draw_tails(count: int, width: int, *, seed: int, common: float) -> Tensor:
+    """Return exponential numbers; `common` is the share that all columns share."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.empty(count, width).exponential_(generator=generator)
+    shared = torch.empty(count, 1).exponential_(generator=generator)
+    mixed = torch.rand(count, 1, generator=generator) < common
+    return torch.where(mixed, shared, own)
+
+
+@pytest.mark.parametrize("common", [0.0, 0.5, 1.0])
+def test_nothing_is_given_away_where_monitors_alarm_together(common: float) -> None:
+    """Held against thresholds that each monitor sets alone, as Bonferroni has it."""
+    sizes = torch.tensor([1.0, 100.0, 0.01, 3.0])
+    reference, held_out, fresh = (
+        sizes * draw_tails(count, 4, seed=seed, common=common)
+        for seed, count in enumerate((1000, 4000, 20_000))
+    )
+    targets = share("0.01", "0.01", "0.02", "0.01")
+    calibration = make_joint(held_out, fit_scales(reference))
+    joint = torch.tensor(list(calibration.thresholds(1, targets=targets).values()))
+    alone = torch.tensor(
+        [
+            calibration.thresholds(1, targets={name: target})[name]
+            for name, target in targets.items()
+        ]
+    )
+    rate = float((fresh > joint).any(1).double().mean())
+    bonferroni = float((fresh > alone).any(1).double().mean())
+    rank = exact_rank(4000, "0.05")
+    assert rank is not None
+    low, high = beta_binomial_interval(20_000, 4001 - rank, rank, level=0.999)
+    assert low <= rate * 20_000 <= high
+    if common == 1.0:
+        assert bonferroni < 0.6 * rate
+    elif common == 0.0:
+        assert bonferroni == pytest.approx(rate, rel=0.15)
+
+
+def test_independent_monitors_alarm_in_proportion_to_their_targets() -> None:
+    reference, held_out, fresh = (
+        draw_tails(count, 3, seed=seed, common=0.0)
+        for seed, count in enumerate((1000, 20_000, 100_000))
+    )
+    targets = share("0.004", "0.002", "0.01")
+    thresholds = make_joint(held_out, fit_scales(reference)).thresholds(
+        1, targets=targets
+    )
+    rates = (fresh > torch.tensor(list(thresholds.values()))).double().mean(0)
+    assert rates.tolist() == pytest.approx([0.004, 0.002, 0.01], rel=0.25)
+
+
+def test_a_sample_that_is_too_small_is_refused_with_the_number_it_needs() -> None:
+    calibration = make_joint(draw_tails(30, 3, seed=0, common=0.0))
+    with pytest.raises(CalibrationError) as caught:
+        calibration.thresholds(1, targets=share("0.01", "0.005"))
+    assert str(caught.value) == (
+        "The calibration holds 30 requests of up to 10 tokens; a target_fpr of 0.015, "
+        "the sum over m0, m1, needs at least 66."
+    )
+    calibration.thresholds(1, targets=share("0.01", "0.005", "0.02"))
+
+
+@given(st.fractions(min_value=Fraction(1, 2000), max_value=Fraction(1, 2)))
+def test_the_number_that_is_needed_is_the_smallest_that_will_do(
+    target: Fraction,
+) -> None:
+    needed = needed_requests(target)
+    for count, fits in ((needed, True), (needed - 1, False)):
+        assert (exact_rank(count, str(target)) is not None) == fits
+
+
+def test_a_stage_that_hardly_any_request_has_is_refused() -> None:
+    maxima = torch.full((20, 1), -math.inf)
+    maxima[0] = 1.0
+    with pytest.raises(CalibrationError, match=r"Too few requests .* stage of m0"):
+        make_joint(maxima).thresholds(1, targets=share("0.5"))
+    maxima[:12] = 1.0
+    make_joint(maxima).thresholds(1, targets=share("0.5"))
+
+
+def test_a_flagging_monitor_takes_nothing_from_a_blocking_one() -> None:
+    blocking = make_monitor("m0", target_fpr=0.05)
+    other = make_monitor("m1", target_fpr=0.1, on_alarm="flag")
+    elsewhere = make_monitor("m2", target_fpr=0.1, calibration="another")
+    also = make_monitor("m2", target_fpr=0.1)
+    calibration = make_joint(draw_tails(200, 3, seed=0, common=0.3))
+
+    def threshold(*monitors: Monitor) -> float:
+        groups = share_budgets(Policy(monitors=monitors))
+        targets = groups["calibration", "block"]
+        return calibration.thresholds(1, targets=targets)["m0"]
+
+    alone = threshold(blocking)
+    assert threshold(blocking, other, elsewhere) == alone
+    assert threshold(blocking, also) != alone
+
+
+def test_budgets_are_shared_by_calibration_and_action_as_they_are_written() -> None:
+    monitors = (
+        make_monitor("a", target_fpr=0.004),
+        make_monitor("b", target_fpr=0.1, on_alarm="flag"),
+        make_monitor("c", target_fpr=0.002),
+        make_monitor("d", target_fpr=0.3, calibration="another"),
+    )
+    assert share_budgets(Policy(monitors=monitors)) == {
+        ("calibration", "block"): {"a": Fraction(1, 250), "c": Fraction(1, 500)},
+        ("calibration", "flag"): {"b": Fraction(1, 10)},
+        ("another", "block"): {"d": Fraction(3, 10)},
+    }
+
+
+@pytest.mark.parametrize("held_out", [3, 6])
+@pytest.mark.parametrize("requests", [1, 5])
+@pytest.mark.parametrize("target", [0.25, 0.5])
+def test_the_probability_of_alarms_is_that_of_counting_all_orders(
+    held_out: int, requests: int, target: float
+) -> None:
+    rank = math.ceil((held_out + 1) * (1 - target))
+    seen = Counter()
+    for fresh in itertools.combinations(range(held_out + requests), requests):
+        others = sorted(set(range(held_out + requests)) - set(fresh))
+        seen[sum(number > others[rank - 1] for number in fresh)] += 1
+    for alarms in range(requests + 1):
+        expected = sum(n for count, n in seen.items() if count >= alarms)
+        found = excess_probability(
+            alarms, requests=requests, held_out=held_out, target_fpr=target
+        )
+        assert found == pytest.approx(expected / seen.total(), abs=1e-12)
+
+
+def test_the_spread_of_a_tail_is_the_mean_excess_over_the_level() -> None:
+    column = torch.arange(101.0)
+    silent = torch.full((101,), -math.inf)
+    silent[50:] = column[:51]
+    constant = torch.full((101,), -200.0)
+    found = fit_scales(torch.stack([column, silent, constant], 1))
+    expected = [[90.0, 5.5], [45.0, 3.0], [-200.0, 2e-4]]
+    for scale, wanted in zip(found.tolist(), expected, strict=True):
+        assert scale == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("sick", [math.nan, math.inf])
+def test_a_score_that_was_never_a_number_has_no_scale(sick: float) -> None:
+    with pytest.raises(CalibrationError, match="never finite on benign traffic"):
+        fit_scales(torch.tensor([[1.0, 2.0], [1.0, sick]]))
+    with pytest.raises(CalibrationError, match="tokens of its stage"):
+        fit_scales(torch.full((9, 1), -math.inf))

@@ -1,17 +1,26 @@
 """Whatever can be known of a policy file without an engine is known at once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from specimens import make_calibration
+from specimens import AT, make_calibration, make_monitor, make_policy_file
 
-from guard.calibration import save_calibration
-from guard.check import check_policy, load_calibrations, load_saes
+from guard.calibration import Calibration, save_calibration
+from guard.check import (
+    check_calibrations,
+    check_origin,
+    check_policy,
+    digest_model,
+    load_calibrations,
+    load_saes,
+)
 from guard.drill import RecoveryEdit, save_edit
 from guard.errors import CalibrationError, DrillError, GuardError, SaeError
-from guard.policy import Policy, PolicyFile, load_policy
+from guard.policy import Policy, PolicyFile, Rule, load_policy
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
 
@@ -144,3 +153,174 @@ def test_a_drill_that_does_not_fit_is_one_clear_line(
         check_policy(write(drills=DRILL))
     assert str(caught.value).startswith(f"{tmp_path / 'fire.safetensors'}: ")
     assert "\n" not in str(caught.value)
+
+
+LATE = "layers.5.resid_post"
+
+
+def hold(**values: Any) -> Rule:
+    wanted = {"name": "hold", "sae": "a", "latents": (1,), "law": "ablate"}
+    return Rule.model_validate(wanted | values)
+
+
+def watched(*clamps: Rule, **values: Any) -> PolicyFile:
+    """Return a policy file whose one monitor is called `watch`."""
+    policy = Policy(clamps=clamps, monitors=(make_monitor(**values),))
+    return make_policy_file({"p": policy}, saes={"a": AT, "b": LATE})
+
+
+def check(policy_file: PolicyFile, calibration: Calibration) -> None:
+    check_calibrations(policy_file, {"calibration": calibration})
+
+
+USUAL: dict[str, Any] = {"score": "error", "stage": "output", "window": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"score": "error_norm"}, "score 'error'; expected 'error_norm'"),
+        ({"sae": "b"}, f"hook_point '{AT}'; expected '{LATE}'"),
+        ({"stage": "prompt"}, "stage 'output'; expected 'prompt'"),
+        ({"stage": None}, "stage 'output'; expected None"),
+        ({"window": 1}, "window 4; expected 1"),
+    ],
+)
+def test_a_monitor_that_was_calibrated_as_another_is_refused_by_name(
+    change: dict[str, Any], words: str
+) -> None:
+    calibration = make_calibration(watched(**USUAL))
+    check(watched(**USUAL), calibration)
+    with pytest.raises(CalibrationError) as caught:
+        check(watched(**USUAL | change), calibration)
+    assert str(caught.value) == (
+        f"calibration: monitor 'watch' was calibrated with {words}. Calibrate again."
+    )
+
+
+@pytest.mark.parametrize("score", ["error", "error_norm", "clamp_residual"])
+def test_a_calibration_for_another_sae_is_refused(score: str) -> None:
+    policy_file = watched(score=score)
+    calibration = make_calibration(policy_file)
+    entry = replace(calibration.entries["watch"], sae_sha256="f" * 64)
+    with pytest.raises(CalibrationError, match=f"sae_sha256 '{'f' * 64}'; expected"):
+        check(policy_file, replace(calibration, entries={"watch": entry}))
+
+
+def test_a_score_of_the_stream_alone_does_not_care_whose_sae_is_there() -> None:
+    by_place = watched(score="density", hook_point=AT)
+    by_sae = watched(score="density")
+    check(by_place, make_calibration(by_sae))
+    check(by_sae, make_calibration(by_place))
+    with pytest.raises(CalibrationError, match=f"'{AT}'; expected '{LATE}'"):
+        check(watched(score="density", hook_point=LATE), make_calibration(by_sae))
+
+
+def test_a_monitor_that_is_not_in_the_calibration_is_refused() -> None:
+    calibration = make_calibration(watched())
+    with pytest.raises(
+        CalibrationError, match="no monitor 'other'; expected one of wa"
+    ):
+        check(watched(name="other"), calibration)
+
+
+@pytest.mark.parametrize(
+    "clamps",
+    [
+        (),
+        (hold(latents=(1, 2)),),
+        (hold(law="cap", value=0.0),),
+        (hold(sae="b"),),
+        (hold(), hold(name="more", latents=(5,))),
+    ],
+)
+def test_a_calibration_made_under_other_clamps_is_refused(
+    clamps: tuple[Rule, ...],
+) -> None:
+    calibration = make_calibration(watched(hold()))
+    check(watched(hold(name="renamed")), calibration)
+    with pytest.raises(CalibrationError, match="other clamps than those of policy 'p'"):
+        check(watched(*clamps), calibration)
+
+
+def test_every_policy_of_a_file_is_checked_against_its_own_calibration() -> None:
+    monitors = (make_monitor(),)
+    several = {
+        "p": Policy(monitors=monitors),
+        "q": Policy(clamps=(hold(),), monitors=monitors),
+    }
+    policy_file = make_policy_file(several, saes={"a": AT})
+    with pytest.raises(CalibrationError, match="other clamps than those of policy 'q'"):
+        check(policy_file, make_calibration(policy_file, "p"))
+    with pytest.raises(CalibrationError, match="other clamps than those of policy 'p'"):
+        check(policy_file, make_calibration(policy_file, "q"))
+
+
+def test_monitors_that_share_a_budget_need_requests_for_one_budget() -> None:
+    monitors = tuple(make_monitor(f"m{i}", target_fpr=0.05) for i in range(3))
+    policy_file = make_policy_file({"p": Policy(monitors=monitors)}, saes={"a": AT})
+    check(policy_file, make_calibration(policy_file, maxima=[torch.arange(6.0)]))
+    with pytest.raises(
+        CalibrationError, match=r"0.15, the sum over m0, m1, m2, .* 6\."
+    ):
+        check(policy_file, make_calibration(policy_file, maxima=[torch.arange(5.0)]))
+
+
+ORIGIN = {"model_digest": "abc", "dtype": "bfloat16"}
+
+
+def test_a_calibration_made_for_another_model_or_dtype_is_refused() -> None:
+    def calibrations(**provenance: object) -> dict[str, Calibration]:
+        return {
+            "good": make_calibration(watched(), provenance=ORIGIN),
+            "c": make_calibration(watched(), provenance=provenance),
+        }
+
+    check_origin(calibrations(**ORIGIN), model="abc", dtype="bfloat16")
+    # A model without files at hand has no digest to compare.
+    check_origin(calibrations(**ORIGIN), model=None, dtype="bfloat16")
+    check_origin(
+        calibrations(**ORIGIN | {"model_digest": None}), model=None, dtype="bfloat16"
+    )
+    for change, key, found, wanted in (
+        ({"model_digest": "xyz"}, "model_digest", "'xyz'", "'abc'"),
+        ({"model_digest": None}, "model_digest", "None", "'abc'"),
+        ({"dtype": "float32"}, "dtype", "'float32'", "'bfloat16'"),
+    ):
+        with pytest.raises(CalibrationError) as caught:
+            check_origin(calibrations(**ORIGIN | change), model="abc", dtype="bfloat16")
+        assert str(caught.value) == (
+            f"c: was made for {key} {found}; this server has {wanted}. Calibrate again."
+        )
+    with pytest.raises(CalibrationError, match="dtype None; this server has"):
+        check_origin(calibrations(model_digest="abc"), model="abc", dtype="bfloat16")
+
+
+def write_model(folder: Path, *, weights: bytes = bytes(10_000)) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_a_digest_tells_models_apart_by_config_name_size_and_content(
+    tmp_path: Path,
+) -> None:
+    big = bytes(9 << 20)
+    folders = [write_model(tmp_path / f"{i}", weights=big) for i in range(6)]
+    (folders[1] / "config.json").write_text('{"hidden_size": 1}')
+    (folders[2] / "model.safetensors").write_bytes(big + b"0")
+    (folders[3] / "model.safetensors").write_bytes(b"1" + big[1:])
+    (folders[4] / "model.safetensors").rename(folders[4] / "other.safetensors")
+    (folders[5] / "README.md").write_text("says nothing")
+    digests = [digest_model(folder) for folder in folders]
+    assert len(set(digests[:5])) == 5
+    assert digests[5] == digests[0]
+    small = [write_model(tmp_path / name, weights=big[:100]) for name in "ab"]
+    (small[1] / "model.safetensors").write_bytes(big[:99] + b"1")
+    assert digest_model(small[0]) != digest_model(small[1])
+
+
+def test_a_folder_that_is_no_model_has_no_digest(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"cannot be read .* expected a model"):
+        digest_model(tmp_path)

@@ -5,11 +5,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from specimens import AT, make_monitor, make_policy_file
 
-from guard.monitor import Column, Reading, Watch, column_of, list_columns
+from guard.monitor import (
+    EXEMPT,
+    Column,
+    Reading,
+    Watch,
+    column_of,
+    list_columns,
+    sum_up,
+)
+from guard.policy import Monitor as MonitorRule
 from guard.policy import Policy, Rule
 
 POISON = [math.nan, math.inf, -math.inf]
@@ -199,6 +208,273 @@ def test_a_position_counts_once_however_often_it_is_computed(
     assert often.observed == once.observed
     assert often.ratios == {r.monitor: r.ratio for r in once.readings()}
     assert often.is_alarmed == any(r.alarm for r in once.readings())
+
+
+def judge_plainly(
+    scores: list[float], monitor: MonitorRule, threshold: float, prompt_length: int
+) -> tuple[float, int | None, int | None]:
+    """Return the largest window mean, where it is, and where the first alarm is."""
+    stages = ["prompt" if i < prompt_length else "output" for i in range(len(scores))]
+    positions = [
+        i
+        for i, stage in enumerate(stages)
+        if monitor.stage in (None, stage) and (i > 0 or scores[i] != EXEMPT)
+    ]
+    largest, where, alarm = -math.inf, None, None
+    for number, position in enumerate(positions):
+        window = positions[max(0, number + 1 - monitor.window) : number + 1]
+        values = [scores[i] for i in window]
+        if all(math.isfinite(value) and value != EXEMPT for value in values):
+            mean = float(np.float32(sum(values) / len(values)))
+        else:
+            mean = math.inf
+        if mean > largest:
+            largest, where = mean, position
+        if alarm is None and (mean > np.float32(threshold) or mean == math.inf):
+            alarm = position
+    return largest, where, alarm
+
+
+USUAL = st.floats(-8, 8, width=32)
+SICK = st.sampled_from([*POISON, EXEMPT])
+CHUNKS = st.sampled_from([1, 1, 2, 3, 7])
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[Policy, list[float], np.ndarray, int]:
+    """A policy with its thresholds, scores of a request, and its prompt's length."""
+    count = draw(st.integers(1, 3))
+    monitors = tuple(
+        make_monitor(
+            f"m{i}",
+            stage=draw(st.sampled_from([None, "prompt", "output"])),
+            window=draw(st.sampled_from([1, 2, 3, 5, 64])),
+            on_alarm=draw(st.sampled_from(["flag", "block"])),
+        )
+        for i in range(count)
+    )
+    policy = Policy(
+        mode=draw(st.sampled_from(["observe", "enforce"])), monitors=monitors
+    )
+    length = draw(st.integers(1, 14))
+    values = draw(st.lists(USUAL, min_size=length * count, max_size=length * count))
+    scores = np.array(values, dtype=np.float32).reshape(length, count)
+    if draw(st.booleans()):
+        scores[0] = EXEMPT
+    if draw(st.integers(0, 3)) == 0:
+        at = draw(st.integers(0, length - 1)), draw(st.integers(0, count - 1))
+        scores[at] = draw(SICK)
+    thresholds = [draw(st.sampled_from([-1.0, 0.0, 0.1, 3.0, 9.0])) for _ in monitors]
+    return policy, thresholds, scores, draw(st.integers(1, length + 1))
+
+
+@settings(max_examples=400)
+@given(request=requests(), data=st.data())
+def test_a_watch_sees_window_means_whatever_the_pieces_a_request_comes_in(
+    request: tuple[Policy, list[float], np.ndarray, int], data: st.DataObject
+) -> None:
+    policy, thresholds, scores, prompt_length = request
+    watch = Watch(
+        policy,
+        columns=list(range(len(thresholds))),
+        thresholds=thresholds,
+        prompt_length=prompt_length,
+    )
+    while watch.tokens_seen < len(scores) and watch.block_position is None:
+        first = data.draw(st.integers(0, watch.tokens_seen))
+        last = min(watch.tokens_seen + data.draw(CHUNKS), len(scores))
+        watch.observe(first, scores[first:last], np.zeros(last - first, np.int32))
+
+    def judge(column: int, length: int) -> tuple[float, int | None, int | None]:
+        return judge_plainly(
+            scores[:length, column].tolist(),
+            policy.monitors[column],
+            thresholds[column],
+            prompt_length,
+        )
+
+    blocks = [
+        judge(column, len(scores))[2]
+        for column, monitor in enumerate(policy.monitors)
+        if policy.mode == "enforce" and monitor.on_alarm == "block"
+    ]
+    blocked = min((at for at in blocks if at is not None), default=None)
+    seen = len(scores) if blocked is None else blocked + 1
+    assert watch.block_position == blocked
+    assert watch.tokens_seen == seen
+    exempt = int(scores[0, 0] == EXEMPT)
+    for column, reading in enumerate(watch.readings()):
+        largest, where, alarm = judge(column, seen)
+        assert reading.score == largest
+        assert reading.alarm == (alarm is not None)
+        assert reading.position == (where if alarm is None else alarm)
+        if (scores[0] == EXEMPT).all() == (scores[0, column] == EXEMPT):
+            start = exempt if scores[0, column] == EXEMPT else 0
+            whole = sum_up(
+                scores[start:seen, column],
+                policy.monitors[column],
+                prompt_length=prompt_length - start,
+            )
+            assert whole == largest
+
+
+def watch_one(prompt_length: int = 4, **values: Any) -> Watch:
+    """Watch one monitor that reads column 0 and alarms above 1."""
+    return make_watch(
+        Policy(monitors=(make_monitor(**values),)), prompt_length=prompt_length
+    )
+
+
+def in_pieces(watch: Watch, scores: list[float], *pieces: int) -> Watch:
+    """Let a watch observe so many tokens at once, and so on."""
+    first = 0
+    for count in pieces:
+        observe(watch, first, scores[first : first + count])
+        first += count
+    assert first == len(scores)
+    return watch
+
+
+PIECES = [(6,), (1,) * 6, (2, 1, 3), (5, 1)]
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize(
+    ("window", "position"), [(1, 2), (2, 3), (3, 4), (4, 4), (64, None)]
+)
+def test_an_alarm_lies_where_the_mean_over_the_window_is_above_the_threshold_first(
+    window: int, position: int | None, pieces: tuple[int, ...]
+) -> None:
+    # Up to position 3: 1.3 over two, .87 over three; up to 4: 1.22 over four, .98 over
+    # all five.
+    watch = watch_one(window=window)
+    in_pieces(watch, [0.0, 0.0, 1.1, 1.5, 2.3, -9.0], *pieces)
+    assert watch.block_position == position
+    assert watch.tokens_seen == (6 if position is None else position + 1)
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("poison", [*POISON, EXEMPT])
+@pytest.mark.parametrize("position", range(1, 6))
+def test_what_is_not_finite_anywhere_in_a_window_is_an_alarm(
+    position: int, poison: float, pieces: tuple[int, ...]
+) -> None:
+    scores = [-50.0] * 6
+    scores[position] = poison
+    watch = in_pieces(watch_one(window=3, on_alarm="flag"), scores, *pieces)
+    (reading,) = watch.readings()
+    assert (reading.alarm, reading.position, reading.score) == (
+        True,
+        position,
+        math.inf,
+    )
+    blocking = in_pieces(watch_one(window=3), scores, *pieces)
+    assert blocking.block_position == position
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_a_row_that_is_exempt_counts_nowhere_at_position_0(
+    pieces: tuple[int, ...],
+) -> None:
+    watch = in_pieces(watch_one(window=2), [EXEMPT, 0.5, 0.5, 0.0, 0.0, 0.0], *pieces)
+    (reading,) = watch.readings()
+    assert (reading.alarm, reading.score, reading.position) == (False, 0.5, 1)
+    assert watch.tokens_seen == 6
+
+
+def test_a_request_of_one_exempt_row_has_no_score_yet() -> None:
+    for stage in (None, "prompt", "output"):
+        watch = watch_one(stage=stage, prompt_length=1)
+        observe(watch, 0, [EXEMPT])
+        (reading,) = watch.readings()
+        assert (reading.alarm, reading.score, reading.position) == (
+            False,
+            -math.inf,
+            None,
+        )
+        assert watch.tokens_seen == 1
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize(("stage", "position"), [("prompt", 2), ("output", 4)])
+def test_a_stage_sees_its_own_tokens_and_no_window_reaches_out_of_it(
+    stage: str, position: int, pieces: tuple[int, ...]
+) -> None:
+    spike = [0.0, 0.0, 8.0, 0.0, 8.0, 0.0]
+    watch = in_pieces(watch_one(stage=stage, on_alarm="flag"), spike, *pieces)
+    assert watch.readings()[0].position == position
+    # The mean over two prompt tokens and one of the output would be above 1.
+    bridge = [0.0, 0.0, 1.2, 1.7, 0.9, 0.9]
+    watch = in_pieces(watch_one(stage="output", window=3), bridge, *pieces)
+    (reading,) = watch.readings()
+    assert not reading.alarm
+    assert reading.score == np.float32(0.9)
+    assert reading.stage == "output"
+
+
+@given(
+    score=st.floats(-1e6, 1e6, width=32),
+    threshold=st.floats(-1e6, 1e6, width=32),
+)
+def test_a_ratio_is_above_one_if_and_only_if_the_score_is_an_alarm(
+    score: float, threshold: float
+) -> None:
+    monitor = make_monitor(on_alarm="flag")
+    watch = Watch(
+        Policy(monitors=(monitor,)),
+        columns=[0],
+        thresholds=[threshold],
+        prompt_length=4,
+    )
+    observe(watch, 0, [score])
+    (reading,) = watch.readings()
+    assert watch.ratios == {"watch": reading.ratio}
+    if reading.alarm:
+        assert reading.ratio >= 1
+    else:
+        assert reading.ratio <= 1
+    if threshold > 0:
+        assert reading.ratio == score / threshold
+
+
+@pytest.mark.parametrize(
+    ("score", "threshold", "ratio"),
+    [
+        (-1.0, -2.0, 1.5),
+        (-3.0, -2.0, 0.5),
+        (2.0, -2.0, 3.0),
+        (-2.0, -2.0, 1.0),
+        (0.0, 0.0, 1.0),
+        (-1.0, 0.0, 0.0),
+        (1.0, 0.0, math.inf),
+        (math.inf, -2.0, math.inf),
+        (-math.inf, -2.0, -math.inf),
+        (-math.inf, 0.0, -math.inf),
+    ],
+)
+def test_a_ratio_to_a_threshold_of_log_odds_counts_from_the_threshold(
+    score: float, threshold: float, ratio: float
+) -> None:
+    reading = Reading("m", score, threshold, 0, "prompt", alarm=False, action="flag")
+    assert reading.ratio == ratio
+
+
+def test_summing_up_takes_the_largest_mean_of_the_right_part() -> None:
+    scores = np.array([4, 0, 2, 6, -1, 3], dtype=np.float32)
+    for stage, window, expected in (
+        (None, 1, 6.0),
+        (None, 2, 4.0),
+        (None, 3, 4.0),  # the first window holds one token
+        ("prompt", 2, 4.0),
+        ("output", 2, 6.0),
+        ("output", 64, 6.0),
+    ):
+        monitor = make_monitor(stage=stage, window=window)
+        assert sum_up(scores, monitor, prompt_length=3) == expected
+    monitor = make_monitor(stage="output")
+    assert sum_up(scores, monitor, prompt_length=6) == -math.inf
+    scores[1] = math.nan
+    assert sum_up(scores, make_monitor(window=2), prompt_length=3) == math.inf
 
 
 def test_a_reading_above_its_threshold_has_a_ratio_above_one() -> None:

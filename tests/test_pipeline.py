@@ -15,6 +15,7 @@ from specimens import (
     Traffic,
     assert_same_bits,
     draw_rows,
+    fit_everything,
     is_clear_cut,
     make_calibration,
     make_ellipsoid,
@@ -23,6 +24,7 @@ from specimens import (
     make_sae,
     serve,
     traffics,
+    watch_everything,
 )
 from torch import Tensor
 from vllm_guard import ops
@@ -32,11 +34,11 @@ from guard.clamp import clamp_resid
 from guard.drill import RecoveryEdit
 from guard.errors import CalibrationError, DrillError, SaeError
 from guard.hook import HookPoint
-from guard.monitor import EXEMPT, list_columns
+from guard.monitor import EXEMPT, Column, list_columns
 from guard.pipeline import Guard, StepBuffers, build_guards, read_resid
 from guard.policy import Drill, Policy, PolicyFile, Rule, When
 from guard.sae.model import Sae
-from guard.score import Statistics
+from guard.score import SCORES, Activations, Statistics
 
 Call = Callable[[Tensor, Tensor | None], None]
 
@@ -291,6 +293,81 @@ def test_scores_are_taken_of_what_flows_on_after_the_clamp(
             torch.where(nobody, unread, expected[column.score]),
             msg=column.score,
         )
+
+
+def read_plainly(
+    column: Column, resid: Tensor, saes: dict[str, Sae], policy_file: PolicyFile
+) -> Tensor:
+    """Return a column of a stream after the clamps, by the score's own function."""
+    activations = Activations(resid)
+    if column.sae is not None:
+        encoded = saes[column.sae].encode(resid)
+        error = resid - saes[column.sae].decode(encoded)
+        held = [
+            latent
+            for rule in policy_file.policies["p"].clamps
+            if rule.sae == column.sae
+            for latent in rule.latents
+        ]
+        left = encoded.latents[:, held].amax(1)
+        activations = Activations(resid, error, left)
+        if column.score == "error_ratio":
+            return error.norm(dim=1) / resid.norm(dim=1)
+    entries = fit_everything(policy_file).get(str(column.calibration))
+    statistics = entries.entries[str(column.entry)].statistics if entries else {}
+    return SCORES[column.score].apply(activations, statistics)
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_every_monitor_reads_its_score_at_its_own_hook_point(opaque: bool) -> None:
+    policy_file, saes = watch_everything()
+    columns = list_columns(policy_file)
+    step = StepBuffers(max_tokens=9, max_requests=4, num_columns=len(columns))
+    guards = build_guards(policy_file, saes, fit_everything(policy_file), step)
+    assert [str(at) for at in guards] == [
+        AT,
+        "layers.3.resid_post",
+        "layers.5.resid_post",
+    ]
+    slots = torch.tensor([1, 0, 2, 1, 3, 1])
+    step.rows_in[:6, 0] = slots
+    ops.bind(list(guards.values()))
+    resids = {}
+    for index, (at, guard) in enumerate(guards.items()):
+        hidden_states = draw_rows(6, seed=index).bfloat16()
+        before, residual = hidden_states.clone(), draw_rows(6, seed=9 + index)
+        if opaque:
+            ops.call_guard(hidden_states, residual, index)
+        else:
+            guard(hidden_states, residual)
+        resids[str(at)] = read_resid(hidden_states, residual)
+        others = slots != 1 if at.layer != 3 else slots < 9
+        assert_same_bits(hidden_states[others], before[others])
+    assert step.marks_of(6).visits.tolist() == [len(guards)] * 6
+    for number, column in enumerate(columns):
+        found = step.scores[:6, number]
+        expected = read_plainly(column, resids[column.hook_point], saes, policy_file)
+        if column.score == "clamp_residual":
+            # Nothing is clamped in rows of the other policies, so nothing is left.
+            expected = torch.where(slots == 1, expected, 0.0)
+        unread = EXEMPT if column.entry else 0.0
+        expected = torch.where(slots == 0, unread, expected)
+        torch.testing.assert_close(found, expected, msg=str(column))
+    assert not step.scores[6:].any()
+
+
+def test_a_place_without_clamps_and_monitors_can_have_a_guard_too() -> None:
+    policy_file = make_policy_file({"p": Policy(clamps=(hold("r"),))}, saes={"a": AT})
+    step = StepBuffers(max_tokens=4, max_requests=1, num_columns=0)
+    late = HookPoint.parse("layers.4.resid_post")
+    guards = build_guards(policy_file, {"a": make_sae()}, {}, step, hook_points=[late])
+    assert [at.layer for at in guards] == [1, 4]
+    step.rows_in[:4, 0] = 1
+    rows = draw_rows(4, seed=0)
+    given_rows = rows.clone()
+    guards[late](rows, None)
+    assert_same_bits(rows, given_rows)
+    assert step.marks_of(4).visits.tolist() == [1] * 4
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])

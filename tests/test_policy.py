@@ -16,6 +16,7 @@ from guard.policy import (
     PolicyFile,
     Rule,
     Tenant,
+    clamps_digest,
     file_fingerprint,
     fingerprint,
     load_policy,
@@ -138,6 +139,71 @@ def test_block_under_observe_is_accepted_and_only_reported(tmp_path: Path) -> No
     assert (default.mode, default.monitors[0].on_alarm) == ("observe", "block")
 
 
+SCORES = [
+    ("error_norm", "sae: l12"),
+    ("error", "sae: l12"),
+    ("clamp_residual", "sae: l12, stage: prompt"),
+    ("density", "sae: l12, stage: output, window: 64"),
+    ("density", "hook_point: layers.3.resid_post, window: 1"),
+    ("probe", "sae: l12, probe: probes/p.safetensors"),
+    ("probe", "hook_point: layers.0.resid_post, probe: probes/p.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("score", "values"), SCORES)
+def test_every_score_that_exists_is_accepted(
+    tmp_path: Path, score: str, values: str
+) -> None:
+    text = edit(FULL, "sae: l12, score: density", f"{values}, score: {score}")
+    policy_file = load_policy(write(tmp_path, text))
+    (monitor,) = policy_file.policies["default"].monitors
+    assert monitor.score == score
+    place = "layers.12.resid_post" if monitor.sae else str(monitor.hook_point)
+    assert policy_file.hook_point(monitor) == place
+    probe = tmp_path / "probes/p.safetensors" if score == "probe" else None
+    assert monitor.probe == probe
+
+
+def test_a_monitor_watches_every_token_alone_when_nothing_is_said(
+    tmp_path: Path,
+) -> None:
+    (monitor,) = load_policy(write(tmp_path, FULL)).policies["default"].monitors
+    assert (monitor.stage, monitor.window) == (None, 1)
+    text = edit(FULL, "score: density", "score: density, stage: output, window: 4")
+    (monitor,) = load_policy(write(tmp_path, text)).policies["default"].monitors
+    assert (monitor.stage, monitor.window) == ("output", 4)
+
+
+def test_every_place_is_listed_once_and_stays_without_monitors(tmp_path: Path) -> None:
+    more = (
+        "on_alarm: block}\n      - {name: late, hook_point: layers.20.resid_post, "
+        "score: density, calibration: c, target_fpr: 0.1, on_alarm: flag}"
+    )
+    policy_file = load_policy(write(tmp_path, edit(FULL, "on_alarm: block}", more)))
+    places = ("layers.12.resid_post", "layers.20.resid_post")
+    assert policy_file.hook_points == places
+    bare = policy_file.without_monitors()
+    assert bare.policies["default"].monitors == ()
+    assert bare.policies["default"].clamps == policy_file.policies["default"].clamps
+    assert bare.hook_points == places[:1]
+    assert list(bare.policies) == list(policy_file.policies)
+
+
+def test_more_monitors_than_anybody_needs_are_refused(tmp_path: Path) -> None:
+    def monitors(count: int) -> str:
+        return "\n      - ".join(
+            f"{{name: m{i}, sae: l12, score: density, calibration: c, "
+            "target_fpr: 0.001, on_alarm: flag}"
+            for i in range(count)
+        )
+
+    start = FULL.index("{name: recovery")
+    own = FULL[start : FULL.index("\n", FULL.index("target_fpr"))]
+    load_policy(write(tmp_path, edit(FULL, own, monitors(32))))
+    line = refusal(tmp_path, edit(FULL, own, monitors(33)))
+    assert line == "policy.yaml:17: policies.default.monitors: 33 entries; expected 32"
+
+
 def test_a_loaded_file_cannot_be_changed(tmp_path: Path) -> None:
     policy_file = load_policy(write(tmp_path, FULL))
     with pytest.raises(ValidationError):
@@ -226,6 +292,26 @@ FAULTS = [
     ("name: refusal", "name: Jailbreak", "15: policies.default.clamps[1].name: 'jailbreak' is already the name of another"),
     ("calibration: calib/l12.safetensors,", "", f"18: {MONITOR0}.score: score density needs a calibration; expected the path of one"),
     ("score: density, calibration: calib/l12.safetensors,", "score: error_norm,", f"18: {MONITOR0}.score: score error_norm needs a calibration; expected the path of one"),
+    # Scores, and what goes with them
+    ("score: density,", "score: error, hook_point: layers.3.resid_post,", f"18: {MONITOR0}.hook_point: score error is read at its SAE; leave it out"),
+    ("sae: l12, score: density,", "hook_point: layers.3.resid_post, score: error,", f"18: {MONITOR0}.sae: score error needs an SAE; expected a key of saes"),
+    ("sae: l12, score: density,", "score: clamp_residual,", f"18: {MONITOR0}.sae: score clamp_residual needs an SAE; expected a key of saes"),
+    ("sae: l12, score: density,", "score: error_norm,", f"18: {MONITOR0}.sae: score error_norm needs an SAE; expected a key of saes"),
+    ("sae: l12, score: density,", "score: density,", f"18: {MONITOR0}.score: expected either sae or hook_point"),
+    ("sae: l12, score: density,", "sae: l12, hook_point: layers.3.resid_post, score: density,", f"18: {MONITOR0}.score: expected either sae or hook_point"),
+    ("sae: l12, score: density,", "hook_point: layers.03.resid_post, score: density,", f"18: {MONITOR0}.hook_point: 'layers.03.resid_post' is not a hook point; expected layers.<n>.resid_post"),
+    ("score: density,", "score: density, probe: p.safetensors,", f"18: {MONITOR0}.probe: goes with score probe, not density; leave it out"),
+    ("score: density,", "score: probe,", f"18: {MONITOR0}.score: score probe needs a probe; expected the path of one"),
+    ("score: density,", "score: probe, probe: '',", f"18: {MONITOR0}.probe: '.' is not the path of a file or folder"),
+    ("score: density, calibration: calib/l12.safetensors,", "score: probe, probe: p,", f"18: {MONITOR0}.score: score probe needs a calibration; expected the path of one"),
+    ("score: density,", "score: density, stage: answer,", f"18: {MONITOR0}.stage: 'answer' is not a stage; expected one of prompt, output"),
+    ("score: density,", "score: density, window: 0,", f"18: {MONITOR0}.window: 0 should be greater than or equal to 1"),
+    ("score: density,", "score: density, window: 65,", f"18: {MONITOR0}.window: 65 should be less than or equal to 64"),
+    ("score: density,", "score: density, window: 1.5,", f"18: {MONITOR0}.window: 1.5 should be a valid integer"),
+    ("score: density,", "score: density, windw: 2,", f"18: {MONITOR0}.windw: unknown key; did you mean 'window'?"),
+    ("sae: l12, score: density", "sae: l12, score: density, target: 2", f"18: {MONITOR0}.target: unknown key; did you mean 'target_fpr'?"),
+    ("on_alarm: block}", "on_alarm: block}\n      - {name: Recovery, sae: l12, score: error_norm, calibration: c, target_fpr: 0.01, on_alarm: flag}", "20: policies.default.monitors[1].name: 'recovery' is already the name of another"),
+    ("on_alarm: block}", "on_alarm: block}\n      - {name: more, sae: l12, score: error_norm, calibration: c, target_fpr: 0.5, on_alarm: flag}", "17: policies.default.monitors: their target_fpr add up to more than 0.5, the false alarms of the policy; expected less"),
     ("sae: l12, score", "sae: l13, score", f"18: {MONITOR0}.sae: 'l13' is not in saes; expected one of l12"),
     ("sae: l12, latents: [827", "sae: l13, latents: [827", f"14: {CLAMP0}.sae: 'l13' is not in saes; expected one of l12"),
     ("max_policies: 16", "max_policies: 1", "9: policies: 2 policies; expected at most max_policies, which is 1"),
@@ -404,6 +490,10 @@ def test_a_fingerprint_does_not_depend_on_layout_place_or_neighbours(
         ("hold_tokens: 0", "hold_tokens: 1"),
         ("target_fpr: 0.01", "target_fpr: 0.02"),
         ("on_alarm: block", "on_alarm: flag"),
+        ("score: density", "score: error"),
+        ("score: density", "score: density, stage: output"),
+        ("score: density", "score: density, window: 2"),
+        ("sae: l12, score", "hook_point: layers.12.resid_post, score"),
         (SHA, "b" * 64),
         ("layers.12.", "layers.11."),
         ("on_error: closed", "on_error: open"),
@@ -415,6 +505,53 @@ def test_a_fingerprint_changes_with_what_is_computed(
 ) -> None:
     before = fingerprint(served(tmp_path), "default")
     assert fingerprint(served(tmp_path, edit(FULL, old, new)), "default") != before
+
+
+def test_a_fingerprint_needs_no_probe_whose_weights_stand_in_the_calibration(
+    tmp_path: Path,
+) -> None:
+    prints = {
+        fingerprint(
+            served(tmp_path, edit(FULL, "score: density", f"score: probe, probe: {p}")),
+            "default",
+        )
+        for p in ("one.safetensors", "another.safetensors")
+    }
+    assert len(prints) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("name: jailbreak", "name: other", True),
+        ("target_fpr: 0.01", "target_fpr: 0.02", True),
+        ("score: density", "score: error", True),
+        ("mode: enforce", "mode: observe", True),
+        ("path: saes/l12", "path: ./saes/l12", True),
+        ("latents: [827, 224]", "latents: [827]", False),
+        ("law: ablate", "law: floor, value: 0", False),
+        ("value: 4.0", "value: 4.5", False),
+        ("above: 0.5", "above: 0.6", False),
+        ("scope: request", "scope: token", False),
+        (SHA, "b" * 64, False),
+        ("layers.12.", "layers.11.", False),
+    ],
+)
+def test_the_digest_of_clamps_changes_with_what_they_do_to_the_stream(
+    tmp_path: Path, old: str, new: str, *, same: bool
+) -> None:
+    before = clamps_digest(served(tmp_path), "default")
+    after = clamps_digest(served(tmp_path, edit(FULL, old, new)), "default")
+    assert (before == after) == same
+    assert clamps_digest(served(tmp_path), "open") != before
+
+
+def test_the_digest_of_clamps_covers_how_their_sae_is_used(tmp_path: Path) -> None:
+    policy_file = served(tmp_path)
+    before = {name: clamps_digest(policy_file, name) for name in ("default", "open")}
+    (tmp_path / "saes/l12/cfg.json").write_text("changed")
+    assert clamps_digest(policy_file, "default") != before["default"]
+    assert clamps_digest(policy_file, "open") == before["open"]
 
 
 @pytest.mark.parametrize("path", ["calib/l12.safetensors", "saes/l12/cfg.json"])

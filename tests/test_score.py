@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from specimens import D_MODEL, draw_rows
+from specimens import D_MODEL, draw_probe, draw_rows
 from torch import Tensor, nn
 
 from guard.errors import CalibrationError
@@ -192,24 +192,18 @@ def test_what_the_clamp_left_is_read_as_it_is() -> None:
     assert torch.equal(score.apply(Activations(rows, rows, left), {}), left)
 
 
-def draw_probe(*, seed: int = 0) -> tuple[nn.Module, nn.Module, Statistics]:
-    """Return the two parts of a probe as torch has them, and the same as statistics."""
-    torch.manual_seed(seed)
-    linear = nn.Linear(D_MODEL, 1)
-    deep = nn.Sequential(nn.Linear(D_MODEL, 7), nn.ReLU(), nn.Linear(7, 1, bias=False))
-    statistics = {
-        "weight": linear.weight[0].detach(),
-        "offset": linear.bias[0].detach(),
-        "inward": deep[0].weight.T.detach(),
-        "bias": deep[0].bias.detach(),
-        "outward": deep[2].weight[0].detach(),
-    }
-    return linear, deep, statistics
-
-
 @torch.no_grad()
 def test_a_probe_is_a_linear_layer_beside_one_hidden_layer() -> None:
-    linear, deep, statistics = draw_probe()
+    statistics = draw_probe()
+    linear = nn.Linear(D_MODEL, 1)
+    hidden = nn.Linear(D_MODEL, len(statistics["bias"]))
+    outwards = nn.Linear(len(statistics["bias"]), 1, bias=False)
+    linear.weight[0] = statistics["weight"]
+    linear.bias[0] = statistics["offset"]
+    hidden.weight[:] = statistics["inward"].T
+    hidden.bias[:] = statistics["bias"]
+    outwards.weight[0] = statistics["outward"]
+    deep = nn.Sequential(hidden, nn.ReLU(), outwards)
     rows = draw_rows(20, seed=1)
     found = SCORES["probe"].apply(Activations(rows), statistics)
     torch.testing.assert_close(found, (linear(rows) + deep(rows))[:, 0])
@@ -223,7 +217,7 @@ def test_a_probe_is_not_fitted_on_benign_traffic() -> None:
 def fit(name: str) -> Statistics:
     """Return the statistics of any score for a stream of the usual width."""
     if name == "probe":
-        return draw_probe()[2]
+        return draw_probe()
     return SCORES[name].fit(draw_activations(200, D_MODEL, seed=0))
 
 

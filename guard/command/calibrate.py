@@ -24,6 +24,7 @@ from guard import __version__
 from guard.calibration import (
     Calibration,
     as_written,
+    check_lengths,
     load_calibration,
     needed_requests,
     save_calibration,
@@ -102,6 +103,8 @@ def make_calibration(
     path = find_path(policy, name)
     fitting, held_out = split_prompts(prompts, FITTING_SHARE, seed=SEED)
     _check_enough(policy, len(held_out), len(prompts))
+    if lengths:
+        check_lengths(lengths)
     probes = load_probes(policy)
     reader = Reader(policy_file, name, load_saes(policy_file))
     engine = start()

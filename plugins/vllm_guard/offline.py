@@ -96,10 +96,11 @@ class _Engine:
                     f"{self._max_model_len}; expected a shorter one."
                 )
                 raise EngineError(message)
-            wanted = 1 if response else min(prompt.max_tokens, room)
+            given = prompt.response is not None
+            wanted = 1 if given else min(prompt.max_tokens, room)
             asked.append(TokensPrompt(prompt_token_ids=whole))
             params.append(SamplingParams(temperature=0, max_tokens=wanted, **extra))
-            total = len(ids) + (len(response) or wanted)
+            total = len(ids) + (len(response) if given else wanted)
             sizes.append((len(ids), total))
         results = self._llm.generate(asked, params, use_tqdm=False)
         yield from zip(results, sizes, strict=True)
