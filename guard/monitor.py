@@ -188,8 +188,8 @@ class Reading:
 def _ratio(score: float, threshold: float) -> float:
     """Return score over threshold: above 1 if and only if the score is an alarm.
 
-    A probe's log-odds may have a threshold below 0. It is as far from it then as from
-    one above: `1 + (score - threshold) / |threshold|` is the same where both exist.
+    Where a threshold is below 0 it is as far from it as from one above: `1 + (score -
+    threshold) / |threshold|` is the same where both exist.
     """
     if math.isinf(score):
         return score

@@ -218,8 +218,8 @@ def test_a_call_without_a_body_is_a_get_and_shows_what_was_said(
     server: Played,
 ) -> None:
     server.answer = lambda path, body: (200, {"path": path, "body": body})
-    client = Client(server.url, api_key="k")
+    client = Client(server.url, api_key="k", admin_token="t")
     assert client.call("/guard/status") == {"path": "/guard/status", "body": None}
-    said = client.call("/x", {"a": 1}, headers={"X-Guard-Admin-Token": "t"})
+    said = client.call("/x", {"a": 1})
     assert said == {"path": "/x", "body": {"a": 1}}
     assert server.asked[-1][1]["x-guard-admin-token"] == "t"

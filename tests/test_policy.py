@@ -304,7 +304,7 @@ FAULTS = [
     ("score: density,", "score: probe,", f"18: {MONITOR0}.score: score probe needs a probe; expected the path of one"),
     ("score: density,", "score: probe, probe: '',", f"18: {MONITOR0}.probe: '.' is not the path of a file or folder"),
     ("score: density, calibration: calib/l12.safetensors,", "score: probe, probe: p,", f"18: {MONITOR0}.score: score probe needs a calibration; expected the path of one"),
-    ("score: density,", "score: density, stage: answer,", f"18: {MONITOR0}.stage: 'answer' is not a stage; expected one of prompt, output"),
+    ("score: density,", "score: density, stage: answer,", f"18: {MONITOR0}.stage: 'answer' is not a stage; expected one of prompt, last_prompt, output"),
     ("score: density,", "score: density, window: 0,", f"18: {MONITOR0}.window: 0 should be greater than or equal to 1"),
     ("score: density,", "score: density, window: 65,", f"18: {MONITOR0}.window: 65 should be less than or equal to 64"),
     ("score: density,", "score: density, window: 1.5,", f"18: {MONITOR0}.window: 1.5 should be a valid integer"),

@@ -141,7 +141,7 @@ def test_a_row_says_what_came_back_and_who_noticed(
     run: Callable[..., list[str]],
 ) -> None:
     assert run() == [
-        *("last", "default", "yes", "recovery 2.50", "recovery", "flag", "yes", "yes")
+        *("last", "default", "yes", "recovery 2.50 ALARM", "flag", "yes", "yes")
     ]
 
 
@@ -157,7 +157,7 @@ def test_alarms_of_another_policy_are_not_counted(
 ) -> None:
     # This server counts under `default`, whatever it says it ran.
     row = run(policies=["open"])
-    assert (row[1], row[6]) == ("open", "no")
+    assert (row[1], row[5]) == ("open", "no")
 
 
 def test_plain_text_is_sent_as_such(

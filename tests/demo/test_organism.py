@@ -42,10 +42,14 @@ def test_a_missed_criterion_is_named(numbers):
     assert "hj_suppressed is 0.50; expected at least 0.90" in problem
 
 
-def test_the_policy_file_offers_default_and_open():
+def test_the_policy_file_offers_a_policy_that_blocks_one_that_flags_and_none():
     policies = load_policy(ORGANISM / "policy.yaml")
     assert policies.default_policy == "default"
-    assert set(policies.public_policies) == {"default", "open"}
+    assert set(policies.public_policies) == {"default", "watch", "open"}
+    blocking, flagging = (policies.policies[name] for name in ("default", "watch"))
+    assert flagging.clamps == blocking.clamps
+    assert {m.on_alarm for m in blocking.monitors} == {"block", "flag"}
+    assert {m.on_alarm for m in flagging.monitors} == {"flag"}
     assert policies.policies["default"].mode == "enforce"
     assert policies.policies["default"].clamps
     assert policies.policies["open"].clamps == ()
