@@ -7,9 +7,10 @@ from pathlib import Path
 from guard.calibration import Calibration, load_calibration, share_budgets
 from guard.drill import load_edits
 from guard.errors import CalibrationError
+from guard.fingerprint import clamps_digest
 from guard.monitor import list_columns
 from guard.pipeline import StepBuffers, build_guards
-from guard.policy import Monitor, PolicyFile, clamps_digest
+from guard.policy import Monitor, PolicyFile
 from guard.sae.load import load_sae
 from guard.sae.model import Sae
 from guard.score import SCORES

@@ -12,7 +12,8 @@ from typer.exceptions import TyperException
 
 from guard import __version__
 from guard.errors import CalibrationError, EngineError, GuardError, PolicyError
-from guard.policy import PolicyFile, fingerprint, load_policy
+from guard.fingerprint import fingerprint
+from guard.policy import PolicyFile, load_policy
 from guard.prompt import read_prompts
 
 __all__ = ["app", "main"]

@@ -5,7 +5,6 @@ the key. Keys that a later version acts on are known here and refused by name, s
 that nobody believes in a protection that is not there.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -37,9 +36,6 @@ __all__ = [
     "SaeSource",
     "Tenant",
     "When",
-    "clamps_digest",
-    "file_fingerprint",
-    "fingerprint",
     "load_policy",
 ]
 
@@ -421,7 +417,7 @@ class PolicyFile(_Frozen):
         return self.model_copy(update={"policies": policies})
 
     def _check_public(self) -> None:
-        self._check_offer(self.public_policies, "public_policies")
+        self._checkoffer(self.public_policies, "public_policies")
         if self.default_policy not in self.public_policies:
             _refuse(
                 f"default_policy {self.default_policy!r} is missing; add it",
@@ -430,7 +426,7 @@ class PolicyFile(_Frozen):
 
     def _check_tenants(self) -> None:
         for index, tenant in enumerate(self.tenants):
-            self._check_offer(tenant.policies, "tenants", index, "policies")
+            self._checkoffer(tenant.policies, "tenants", index, "policies")
         if twice := _first_repeat(tenant.api_key_sha256 for tenant in self.tenants):
             _refuse(
                 "is the key of another tenant already; expected one entry per key",
@@ -450,7 +446,7 @@ class PolicyFile(_Frozen):
                 *("drills", twice[0], "name"),
             )
 
-    def _check_offer(self, names: tuple[str, ...], *at: str | int) -> None:
+    def _checkoffer(self, names: tuple[str, ...], *at: str | int) -> None:
         for index, name in enumerate(names):
             if name not in self.policies:
                 offer = _offer(self.policies)
@@ -488,104 +484,6 @@ def load_policy(path: str | Path) -> PolicyFile:
     except ValidationError as error:
         faults = error.errors(include_url=False)
         raise document.fault(faults, explain=_explain) from error
-
-
-def fingerprint(policy_file: PolicyFile, name: str) -> str:
-    """Hash everything that decides what one policy computes.
-
-    Its content, the digests of the SAEs it uses with the small files beside them,
-    and the digests of its calibrations; neither its own name, nor file paths, nor
-    anything of other policies.
-
-    Args:
-        policy_file: A loaded policy file.
-        name: Key of `policies`.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        PolicyError: There is no such policy, or a calibration cannot be read.
-    """
-    if name not in policy_file.policies:
-        raise PolicyError(
-            f"{name!r} is not in policies; {_offer(policy_file.policies)}"
-        )
-    policy = policy_file.policies[name]
-    content = policy.model_dump(mode="json")
-    used = {sae for _, sae in _used_saes({name: policy})}
-    for monitor, dumped in zip(policy.monitors, content["monitors"], strict=True):
-        if monitor.calibration is not None:
-            dumped["calibration"] = _hash_file(monitor.calibration)
-        dumped.pop("probe")  # its weights stand in the calibration
-    return _hash(
-        {
-            "schema": 1,
-            "on_error": policy_file.on_error,
-            "unscored": policy_file.unscored,
-            "policy": content,
-            "saes": {sae: _identify(policy_file.saes[sae]) for sae in sorted(used)},
-        }
-    )
-
-
-def clamps_digest(policy_file: PolicyFile, name: str) -> str:
-    """Hash what a policy's clamps do to the stream, whatever they are called.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    rules = policy_file.policies[name].clamps
-    return _hash(
-        {
-            "clamps": [
-                rule.model_dump(mode="json", exclude={"name"}) for rule in rules
-            ],
-            "saes": {rule.sae: _identify(policy_file.saes[rule.sae]) for rule in rules},
-        }
-    )
-
-
-def file_fingerprint(policy_file: PolicyFile) -> str:
-    """Hash a whole policy file, for the processes of one server to compare.
-
-    Unlike `fingerprint` it covers names and their order, which decide slots, and
-    who may use what, and the edits of its drills, which are no policy's.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        PolicyError: A calibration or the edit of a drill cannot be read.
-    """
-    content = policy_file.model_dump(mode="json", exclude={"saes", "policies"})
-    for drill, dumped in zip(policy_file.drills, content["drills"], strict=True):
-        dumped["delta"] = _hash_file(drill.delta)
-    saes = {name: _identify(source) for name, source in policy_file.saes.items()}
-    policies = [[name, fingerprint(policy_file, name)] for name in policy_file.policies]
-    return _hash({"schema": 1, **content, "saes": saes, "policies": policies})
-
-
-def _hash(content: Mapping[str, object]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _identify(source: SaeSource) -> dict[str, object]:
-    # The digest of the weights does not cover cfg.json and what else decides how
-    # they are used: k, the normalisation, the scaling factor.
-    beside = {path.name: _hash_file(path) for path in source.path.glob("*.json")}
-    return {**source.model_dump(mode="json", exclude={"path"}), "beside": beside}
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise PolicyError(
-            f"{path}: cannot be read ({error.strerror}); expected a file"
-        ) from error
 
 
 def _used_saes(

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from guard.errors import CalibrationError
-from guard.monitor import sum_up
 from guard.policy import Monitor
 from guard.recording import Recording
 from guard.score import Activations, Statistics, probe
+from guard.watch import sum_up
 
 __all__ = [
     "Example",

@@ -13,10 +13,10 @@ from torch import Tensor
 from guard.calibration import Calibration, Entry, check_lengths, fit_scales
 from guard.clamp import Clamp
 from guard.errors import CalibrationError
-from guard.monitor import stage_rows, sum_up
 from guard.policy import Monitor, PolicyFile
 from guard.sae.model import Sae
 from guard.score import SCORES, Activations, Statistics, drop_sinks
+from guard.watch import stage_rows, sum_up
 
 __all__ = ["Reader", "Recording", "fit_calibration", "fit_entries"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
-    from guard.monitor import Reading
     from guard.policy import Policy
+    from guard.watch import Reading
 
 __all__ = [
     "SCHEMA",

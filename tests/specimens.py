@@ -11,16 +11,9 @@ from torch import Tensor
 
 from guard.calibration import Calibration, Entry
 from guard.clamp import native_values
+from guard.fingerprint import clamps_digest
 from guard.pipeline import Guard, read_resid
-from guard.policy import (
-    Monitor,
-    Policy,
-    PolicyFile,
-    Rule,
-    SaeSource,
-    When,
-    clamps_digest,
-)
+from guard.policy import Monitor, Policy, PolicyFile, Rule, SaeSource, When
 from guard.sae.config import SaeConfig
 from guard.sae.load import build_sae
 from guard.sae.model import Sae

@@ -9,17 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from specimens import AT, make_monitor, make_policy_file
 
-from guard.monitor import (
-    EXEMPT,
-    Column,
-    Reading,
-    Watch,
-    column_of,
-    list_columns,
-    sum_up,
-)
+from guard.monitor import EXEMPT, Column, column_of, list_columns
 from guard.policy import Monitor as MonitorRule
 from guard.policy import Policy, Rule
+from guard.watch import Reading, Watch, sum_up
 
 POISON = [math.nan, math.inf, -math.inf]
 

@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from guard.errors import PolicyError
-from guard.policy import (
-    PolicyFile,
-    Rule,
-    Tenant,
-    clamps_digest,
-    file_fingerprint,
-    fingerprint,
-    load_policy,
-)
+from guard.fingerprint import clamps_digest, file_fingerprint, fingerprint
+from guard.policy import PolicyFile, Rule, Tenant, load_policy
 
 SHA = "a" * 64
 FULL = f"""\

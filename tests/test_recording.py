@@ -17,10 +17,11 @@ from torch import Tensor
 
 from guard.calibration import Calibration, Entry
 from guard.errors import CalibrationError
-from guard.monitor import Watch, column_of, list_columns
+from guard.monitor import column_of, list_columns
 from guard.pipeline import StepBuffers, build_guards
 from guard.recording import Reader, Recording, fit_calibration, fit_entries
 from guard.score import SCORES, Activations
+from guard.watch import Watch
 
 ENTRIES = {
     "far": Entry("density", AT, None, 1, {}),

@@ -33,7 +33,8 @@ from guard.calibration import (
 from guard.check import load_saes
 from guard.command.probe import list_probes, load_probes
 from guard.errors import CalibrationError
-from guard.policy import Monitor, Policy, PolicyFile, clamps_digest
+from guard.fingerprint import clamps_digest
+from guard.policy import Monitor, Policy, PolicyFile
 from guard.prompt import Prompt, digest_prompts, split_prompts
 from guard.recording import Reader
 from guard.traffic import (

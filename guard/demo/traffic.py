@@ -19,8 +19,9 @@ from guard.demo.dialogue import answers
 from guard.demo.grammar import REFUSAL, Kind, Split, benign_prompts, prompts
 from guard.demo.measure import load_model, policy_edit
 from guard.demo.tokenizer import encode_prompt
+from guard.fingerprint import clamps_digest
 from guard.hook import HookPoint
-from guard.policy import clamps_digest, load_policy
+from guard.policy import load_policy
 from guard.probe import ProbeRecipe
 from guard.prompt import Prompt
 from guard.recording import Reader, Recording

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from guard.monitor import Watch, column_of
+from guard.monitor import column_of
 from guard.request import TICKET_KEY, Ticket, Trace
 from guard.verdict import Verdict, decide, report
+from guard.watch import Watch
 from vllm_guard import context
 from vllm_guard.holding import Holding
 from vllm_guard.patch import wrap

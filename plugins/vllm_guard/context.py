@@ -21,14 +21,10 @@ from guard.calibration import Calibration, share_budgets
 from guard.check import check_calibrations, load_calibrations
 from guard.drill import RecoveryEdit, load_edits
 from guard.errors import GuardError, PolicyError
+from guard.fingerprint import file_fingerprint, fingerprint
 from guard.hook import HookPoint
 from guard.monitor import Column, list_columns
-from guard.policy import (
-    PolicyFile,
-    file_fingerprint,
-    fingerprint,
-    load_policy,
-)
+from guard.policy import PolicyFile, load_policy
 from guard.request import (
     TICKET_KEY,
     TICKET_SECONDS,

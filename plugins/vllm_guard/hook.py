@@ -120,7 +120,6 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
         step,
         num_hooks=len(parts),
         default_slot=default_slot(),
-        recorder=state.recorder,
         whole_prompt={i for i, drill in drills if drill.position == "all_prompt"},
     )
     _salt_compile_cache(config, parts)

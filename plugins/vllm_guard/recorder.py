@@ -6,15 +6,13 @@ a server never has one.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from guard.pipeline import Guard
-    from vllm_guard.rows import StepRequest
+from guard.pipeline import Guard
+from vllm_guard.rows import StepRequest
 
 __all__ = ["Recorder"]
 
@@ -26,11 +24,11 @@ class Recorder:
         self._step: dict[str, Tensor] = {}
         self._kept: dict[str, dict[str, list[tuple[int, Tensor]]]] = {}
 
-    def see(self, guard: "Guard", resid: Tensor) -> None:
+    def see(self, guard: Guard, resid: Tensor) -> None:
         """Keep the rows of a step at one hook point until `close_step`."""
         self._step[str(guard.hook_point)] = resid.to("cpu", copy=True)
 
-    def close_step(self, requests: Iterable["StepRequest"]) -> None:
+    def close_step(self, requests: Iterable[StepRequest]) -> None:
         """Sort the rows of a step by request."""
         start = 0
         for request in requests:

@@ -16,7 +16,6 @@ from torch import Tensor
 from guard.pipeline import Marks, StepBuffers
 from guard.policy import MAX_RULES
 from vllm_guard.readings import Span, StepReadings
-from vllm_guard.recorder import Recorder
 
 __all__ = [
     "DRILL_KEY",
@@ -72,7 +71,6 @@ class StepRows:
         *,
         num_hooks: int,
         default_slot: int,
-        recorder: Recorder | None = None,
         whole_prompt: Container[int] = (),
     ) -> None:
         """Serve the given buffers.
@@ -81,11 +79,9 @@ class StepRows:
             step: What the hooks read and write.
             num_hooks: Hooks every row must pass.
             default_slot: Slot of a request that names none.
-            recorder: Told whose rows each step had.
             whole_prompt: Drills that go to every row of a prompt, not only to its last.
         """
         self.step = step
-        self._recorder = recorder
         self.default_slot = default_slot
         self.kv_group = 0
         """Group of KV blocks beside which readings are kept; holds every position."""
@@ -211,6 +207,11 @@ class StepRows:
                 self._free.append(index)
 
     @property
+    def requests(self) -> Sequence[StepRequest]:
+        """Whose rows the step has, in their order."""
+        return self._requests
+
+    @property
     def num_rows(self) -> int:
         """Rows of the step that belong to a request."""
         return sum(request.num_rows for request in self._requests)
@@ -238,8 +239,6 @@ class StepRows:
                 guarded=guarded,
             )
             row, end = share.stop, end + length
-        if self._recorder is not None:
-            self._recorder.close_step(self._requests)
         self._forget(num_rows)
         return StepReadings(np.concatenate(pieces) if prefixes else own, spans)
 

@@ -171,5 +171,7 @@ def sample_tokens(
     rows = context.get().rows
     if ran and rows is not None:
         ranks.agree(rows)
+        if (recorder := context.get().recorder) is not None:
+            recorder.close_step(rows.requests)
         attach(output, rows.finish(), ops.take_seconds())
     return output

@@ -21,7 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from guard.calibration import Entry, load_calibration, save_calibration
 from guard.check import digest_model
-from guard.policy import clamps_digest, load_policy
+from guard.fingerprint import clamps_digest
+from guard.policy import load_policy
 from guard.recording import fit_calibration
 from guard.sae.load import load_sae, weights_digest
 from guard.sae.model import Sae

@@ -346,7 +346,7 @@ class Stepper:
 
 def trace_watches() -> None:
     """Let every watch keep what it takes in, position by position."""
-    from guard.monitor import Watch
+    from guard.watch import Watch
 
     observe = Watch.observe
 
