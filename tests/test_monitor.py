@@ -211,7 +211,11 @@ def judge_plainly(
     positions = [
         i
         for i, stage in enumerate(stages)
-        if monitor.stage in (None, stage) and (i > 0 or scores[i] != EXEMPT)
+        if (
+            monitor.stage in (None, stage)
+            or (monitor.stage == "last_prompt" and i == prompt_length - 1)
+        )
+        and (i > 0 or scores[i] != EXEMPT)
     ]
     largest, where, alarm = -math.inf, None, None
     for number, position in enumerate(positions):
@@ -240,7 +244,7 @@ def requests(draw: st.DrawFn) -> tuple[Policy, list[float], np.ndarray, int]:
     monitors = tuple(
         make_monitor(
             f"m{i}",
-            stage=draw(st.sampled_from([None, "prompt", "output"])),
+            stage=draw(st.sampled_from([None, "prompt", "last_prompt", "output"])),
             window=draw(st.sampled_from([1, 2, 3, 5, 64])),
             on_alarm=draw(st.sampled_from(["flag", "block"])),
         )
@@ -376,7 +380,7 @@ def test_a_row_that_is_exempt_counts_nowhere_at_position_0(
 
 
 def test_a_request_of_one_exempt_row_has_no_score_yet() -> None:
-    for stage in (None, "prompt", "output"):
+    for stage in (None, "prompt", "last_prompt", "output"):
         watch = watch_one(stage=stage, prompt_length=1)
         observe(watch, 0, [EXEMPT])
         (reading,) = watch.readings()
@@ -389,7 +393,9 @@ def test_a_request_of_one_exempt_row_has_no_score_yet() -> None:
 
 
 @pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize(("stage", "position"), [("prompt", 2), ("output", 4)])
+@pytest.mark.parametrize(
+    ("stage", "position"), [("prompt", 2), ("last_prompt", 3), ("output", 4)]
+)
 def test_a_stage_sees_its_own_tokens_and_no_window_reaches_out_of_it(
     stage: str, position: int, pieces: tuple[int, ...]
 ) -> None:
@@ -459,6 +465,7 @@ def test_summing_up_takes_the_largest_mean_of_the_right_part() -> None:
         (None, 2, 4.0),
         (None, 3, 4.0),  # the first window holds one token
         ("prompt", 2, 4.0),
+        ("last_prompt", 1, 2.0),
         ("output", 2, 6.0),
         ("output", 64, 6.0),
     ):
