@@ -14,7 +14,6 @@ nothing is given away where they alarm together.
 """
 
 import bisect
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from guard.artefact import explaining, read_artefact, write_artefact
 from guard.errors import CalibrationError
 from guard.policy import OnAlarm, Policy, Stage
 from guard.score import SCORES
@@ -258,9 +256,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         "requests": [len(maxima) for maxima in calibration.maxima],
         "provenance": dict(calibration.provenance),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"guard": json.dumps(about)})
+    write_artefact(path, tensors, about)
 
 
 def load_calibration(path: Path) -> Calibration:
@@ -269,10 +265,8 @@ def load_calibration(path: Path) -> Calibration:
     Raises:
         CalibrationError: The file is missing, damaged or not a calibration.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["guard"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    with explaining(path, kind="calibration", command="guard calibrate"):
+        tensors, about = read_artefact(path)
         if about["format"] != FORMAT:
             message = (
                 f"{path}: calibration of format {about['format']!r}; expected format "
@@ -280,19 +274,6 @@ def load_calibration(path: Path) -> Calibration:
             )
             raise CalibrationError(message)
         calibration = _assemble(about, tensors)
-    except FileNotFoundError as error:
-        message = f"{path}: no such calibration; `guard calibrate` writes one."
-        raise CalibrationError(message) from error
-    except (
-        SafetensorError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-    ) as error:
-        message = f"{path}: not a calibration that `guard calibrate` wrote ({error})."
-        raise CalibrationError(message) from error
     if not _is_usable(calibration):
         message = f"{path}: its maxima and scales are not usable; calibrate again."
         raise CalibrationError(message)

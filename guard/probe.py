@@ -4,17 +4,15 @@ A probe reads one token at a time and knows no attention. It is judged on whole 
 of prompts that it was not trained on: on few topics it would remember those.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from guard.artefact import explaining, read_artefact, write_artefact
 from guard.errors import CalibrationError
 from guard.policy import Monitor
 from guard.recording import Recording
@@ -226,10 +224,7 @@ def tpr_at_fpr(positive: Tensor, negative: Tensor, fpr: float) -> float:
 
 def save_probe(path: Path, statistics: Statistics, about: Mapping[str, Any]) -> None:
     """Write a probe's weights; `about` must be JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, **about}, sort_keys=True)
-    contiguous = {name: value.contiguous() for name, value in statistics.items()}
-    save_file(contiguous, path, metadata={"guard": text})
+    write_artefact(path, statistics, {"format": FORMAT, **about})
 
 
 def load_probe(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -238,24 +233,9 @@ def load_probe(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CalibrationError: The file is missing, damaged or not a probe.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["guard"])
-            statistics = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    with explaining(path, kind="probe", command="guard probe train"):
+        statistics, about = read_artefact(path)
         known = about.pop("format", None)
-    except FileNotFoundError as error:
-        message = f"{path}: no such probe; `guard probe train` writes one."
-        raise CalibrationError(message) from error
-    except (
-        SafetensorError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-    ) as error:
-        message = f"{path}: not a probe that `guard probe train` wrote ({error})."
-        raise CalibrationError(message) from error
     if known != FORMAT or statistics.keys() != set(_PARTS):
         message = f"{path}: a probe of another format; train it again."
         raise CalibrationError(message)

@@ -1,0 +1,70 @@
+"""What the guard makes and reads again: tensors with a note in JSON, one file.
+
+A safetensors file, so that reading one never runs anything; the note stands in its
+metadata.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from guard.errors import CalibrationError
+
+__all__ = ["explaining", "read_artefact", "write_artefact"]
+
+_NOTE = "guard"
+
+
+def write_artefact(
+    path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]
+) -> None:
+    """Write tensors and a note, which must be JSON; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={_NOTE: json.dumps(note)})
+
+
+def read_artefact(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors and the note of a file.
+
+    Raises:
+        Exception: Of several kinds, which `explaining` knows.
+    """
+    with safe_open(path, framework="pt") as file:
+        note = json.loads((file.metadata() or {})[_NOTE])
+        return {name: file.get_tensor(name) for name in file.keys()}, note  # noqa: SIM118 - not a dict
+
+
+@contextlib.contextmanager
+def explaining(path: Path, *, kind: str, command: str) -> Iterator[None]:
+    """Turn whatever a missing or damaged file leads to into one clear line.
+
+    Args:
+        path: The file that is read.
+        kind: What it should be.
+        command: What writes one.
+
+    Raises:
+        CalibrationError: It is none.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        message = f"{path}: no such {kind}; `{command}` writes one."
+        raise CalibrationError(message) from error
+    except (
+        SafetensorError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as error:
+        message = f"{path}: not a {kind} that `{command}` wrote ({error})."
+        raise CalibrationError(message) from error
