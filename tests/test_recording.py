@@ -11,6 +11,8 @@ from specimens import (
     draw_rows,
     fit_everything,
     make_entry,
+    make_monitor,
+    make_policy_file,
     watch_everything,
 )
 from torch import Tensor
@@ -19,6 +21,7 @@ from guard.calibration import Calibration, Entry
 from guard.errors import CalibrationError
 from guard.monitor import column_of, list_columns
 from guard.pipeline import StepBuffers, build_guards
+from guard.policy import Policy
 from guard.recording import Reader, Recording, fit_calibration, fit_entries
 from guard.score import SCORES, Activations
 from guard.watch import Watch
@@ -207,6 +210,21 @@ def test_entries_are_fitted_on_every_row_of_every_request_but_sinks() -> None:
             torch.testing.assert_close(
                 entries["odd"].statistics[name], value, rtol=1e-3, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("stage", ["prompt", "last_prompt", "output"])
+def test_a_stage_is_fitted_on_its_own_tokens(stage: str) -> None:
+    monitor = make_monitor("m", score="density", hook_point=AT, sae=None, stage=stage)
+    policy_file = make_policy_file({"p": Policy(monitors=(monitor,))}, saes={"a": AT})
+    recordings = [record(9, 30, seed=100 * seed) for seed in range(12)]
+    rows = {
+        "prompt": slice(0, 9),
+        "last_prompt": slice(8, 9),
+        "output": slice(9, 39),
+    }[stage]
+    own = torch.cat([recording.resid[AT][rows] for recording in recordings])
+    (entry,) = fit_entries(Reader(policy_file, "p", {}), recordings, {}).values()
+    torch.testing.assert_close(entry.statistics["mean"], own.mean(0))
 
 
 _PARTS = {
