@@ -134,7 +134,6 @@ class Guard(nn.Module):
         monitor: Monitor,
         step: StepBuffers,
         *,
-        d_model: int | None = None,
         drills: Tensor | None = None,
     ) -> None:
         """Keep the parts; `build_guards` makes them from a policy file.
@@ -144,13 +143,11 @@ class Guard(nn.Module):
             dictionaries: The SAEs there.
             monitor: The scores that need none.
             step: What the guards of all hook points share.
-            d_model: Width of the stream, where it is known.
             drills: What each drill adds here, fp32 `[num_drills + 1, d_model]`, row 0
                 and those of drills of other hook points zeros; None without one here.
         """
         super().__init__()
         self.hook_point = hook_point
-        self.d_model = d_model
         self.dictionaries = tuple(dictionaries)
         self.monitor = monitor
         self.step = step
@@ -290,9 +287,7 @@ def build_guards(
             if column.sae is None and HookPoint.parse(column.hook_point) == at
         ]
         drills = _compile_drills(policy_file, edits, parts)
-        guards[at] = Guard(
-            at, parts, make_monitor(bare), step, d_model=d_model, drills=drills
-        )
+        guards[at] = Guard(at, parts, make_monitor(bare), step, drills=drills)
     return guards
 
 

@@ -114,7 +114,12 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
             allow_unverified=state.policy_file.allow_unverified_model,
         )
         _hook_layer(layer, index)
-        selftest.check_canary(guard, state.policy_file, dtype=config.model_config.dtype)
+        selftest.check_canary(
+            guard,
+            state.policy_file,
+            dtype=config.model_config.dtype,
+            width=hidden_size,
+        )
     drills = enumerate(state.policy_file.drills, 1)
     state.rows = StepRows(
         step,

@@ -55,11 +55,18 @@ class _Engine:
         from vllm import LLM
 
         self._name = name
-        try:
-            self._llm = LLM(model, seed=0, **options)
-        except Exception as error:  # vLLM raises any kind
-            message = f"vLLM cannot run {model!r} this way: {error}"
-            raise EngineError(message) from error
+        with tempfile.TemporaryDirectory(prefix="guard-") as folder:
+            fault = Path(folder, "fault")
+            os.environ[context.FAULT_VARIABLE] = str(fault)
+            try:
+                self._llm = LLM(model, seed=0, **options)
+            except Exception as error:  # vLLM raises any kind
+                if fault.exists():
+                    raise EngineError(fault.read_text(encoding="utf-8")) from error
+                message = f"vLLM cannot run {model!r} this way: {error}"
+                raise EngineError(message) from error
+            finally:
+                del os.environ[context.FAULT_VARIABLE]
         config = self._llm.llm_engine.vllm_config.model_config
         self.model_digest = compat.digest(config)
         self.dtype = compat.dtype_name(config)

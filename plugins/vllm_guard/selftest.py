@@ -117,15 +117,23 @@ def _silent_attention(layer: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def check_canary(guard: Guard, policy_file: PolicyFile, *, dtype: torch.dtype) -> None:
+def check_canary(
+    guard: Guard, policy_file: PolicyFile, *, dtype: torch.dtype, width: int
+) -> None:
     """Send rows of every policy through the op, and hold them against the reference.
+
+    Args:
+        guard: Bound to the op.
+        policy_file: What its policies are.
+        dtype: Of the stream.
+        width: Of the stream.
 
     Raises:
         EngineError: The op did something else than the plain clamp, or than a drill.
     """
-    _check_drills(guard, dtype=dtype)
+    _check_drills(guard, dtype=dtype, width=width)
     for slot, (name, policy) in enumerate(policy_file.policies.items(), start=1):
-        resid = _make_canary(guard).to(dtype)
+        resid = _make_canary(guard, width).to(dtype)
         expected = resid.float()
         for part in guard.dictionaries:
             rules = [rule for rule in policy.clamps if rule.sae == part.name]
@@ -139,7 +147,7 @@ def check_canary(guard: Guard, policy_file: PolicyFile, *, dtype: torch.dtype) -
         )
 
 
-def _check_drills(guard: Guard, *, dtype: torch.dtype) -> None:
+def _check_drills(guard: Guard, *, dtype: torch.dtype, width: int) -> None:
     """Send rows of every drill through the op: each gets its own edit and no other.
 
     Raises:
@@ -147,7 +155,7 @@ def _check_drills(guard: Guard, *, dtype: torch.dtype) -> None:
     """
     if guard.drills is None:
         return
-    resid = _make_canary(guard).to(dtype)
+    resid = _make_canary(guard, width).to(dtype)
     for number, delta in enumerate(guard.drills):
         _hold(
             guard,
@@ -188,13 +196,13 @@ def _hold(
         raise EngineError(message)
 
 
-def _make_canary(guard: Guard) -> Tensor:
-    """Return rows in which the latents that matter are active, `[rows, d_model]`.
-
-    Where there is no SAE, nothing may happen to any rows.
-    """
+def _make_canary(guard: Guard, width: int) -> Tensor:
+    """Return rows in which the latents that matter are active, `[rows, d_model]`."""
     if not guard.dictionaries:
-        return torch.ones(NUM_ROWS, guard.d_model or 1, device=guard.step.state.device)
+        # Nothing is clamped there: any row must come back as it was.
+        generator = torch.Generator().manual_seed(0)
+        plain = torch.randn(NUM_ROWS, width, generator=generator)
+        return plain.to(guard.step.marks.device)
     rows = []
     for part in guard.dictionaries:
         sae, latents = part.sae, part.clamp.columns

@@ -13,6 +13,7 @@ from vllm_guard.selftest import check_canary, check_hooks_ran, check_stream
 
 from guard.check import load_saes
 from guard.errors import EngineError
+from guard.hook import HookPoint
 from guard.pipeline import Guard, StepBuffers, build_guards
 
 WIDTH = 16
@@ -32,9 +33,30 @@ def guard(state: context.Context) -> Guard:
 def test_a_sound_clamp_passes_and_leaves_no_trace(
     guard: Guard, state: context.Context, dtype: torch.dtype
 ) -> None:
-    check_canary(guard, state.policy_file, dtype=dtype)
+    check_canary(guard, state.policy_file, dtype=dtype, width=64)
     for buffer in guard.step.buffers():
         assert not buffer.any()
+
+
+def test_a_place_without_an_sae_must_leave_every_row_as_it_was(
+    state: context.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = StepBuffers(max_tokens=32, max_requests=4, num_columns=len(state.columns))
+    late = HookPoint.parse("layers.2.resid_post")
+    guards = build_guards(
+        state.policy_file,
+        load_saes(state.policy_file),
+        state.calibrations,
+        step,
+        hook_points=[late],
+    )
+    ops.bind(list(guards.values()))
+    bare = guards[late]
+    assert not bare.dictionaries
+    check_canary(bare, state.policy_file, dtype=torch.bfloat16, width=64)
+    monkeypatch.setattr(ops, "call_guard", lambda rows, *_: rows.add_(0.1))
+    with pytest.raises(EngineError, match=r"at 'layers.2.resid_post' is off by 0\.1"):
+        check_canary(bare, state.policy_file, dtype=torch.float32, width=64)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +68,7 @@ def test_a_clamp_that_lost_a_rule_does_not_pass(
     clamp = guard.dictionaries[0].clamp
     getattr(clamp, table)[slot] = 1.0 if table == "gain" else 0.0
     with pytest.raises(EngineError, match=f"under policy '{policy}' is off by"):
-        check_canary(guard, state.policy_file, dtype=torch.float32)
+        check_canary(guard, state.policy_file, dtype=torch.float32, width=64)
 
 
 def test_an_op_that_does_nothing_does_not_pass(
@@ -54,7 +76,7 @@ def test_an_op_that_does_nothing_does_not_pass(
 ) -> None:
     monkeypatch.setattr(ops, "call_guard", lambda *_: None)
     with pytest.raises(EngineError, match="is off by"):
-        check_canary(guard, state.policy_file, dtype=torch.float32)
+        check_canary(guard, state.policy_file, dtype=torch.float32, width=64)
 
 
 def test_an_op_that_writes_what_is_not_a_number_does_not_pass(
@@ -62,7 +84,7 @@ def test_an_op_that_writes_what_is_not_a_number_does_not_pass(
 ) -> None:
     monkeypatch.setattr(ops, "call_guard", lambda rows, *_: rows.fill_(torch.nan))
     with pytest.raises(EngineError, match="is off by nan"):
-        check_canary(guard, state.policy_file, dtype=torch.float32)
+        check_canary(guard, state.policy_file, dtype=torch.float32, width=64)
 
 
 def make_runner(guard: Guard, *, times: int) -> Any:
@@ -91,7 +113,7 @@ def drilling(drilled: context.Context) -> Guard:
 def test_sound_drills_pass_and_leave_no_trace(
     drilling: Guard, drilled: context.Context, dtype: torch.dtype
 ) -> None:
-    check_canary(drilling, drilled.policy_file, dtype=dtype)
+    check_canary(drilling, drilled.policy_file, dtype=dtype, width=64)
     for buffer in drilling.step.buffers():
         assert not buffer.any()
 
@@ -104,7 +126,7 @@ def test_a_drill_that_does_nothing_does_not_pass(
         StepBuffers, "drills_of", lambda step, count: 0 * step.rows_in[:count, 3]
     )
     with pytest.raises(EngineError, match=r"Drill 1 at 'layers\..* is off by"):
-        check_canary(drilling, drilled.policy_file, dtype=torch.float32)
+        check_canary(drilling, drilled.policy_file, dtype=torch.float32, width=64)
 
 
 @pytest.mark.parametrize("times", [0, 2])
