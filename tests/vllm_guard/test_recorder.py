@@ -36,6 +36,7 @@ def step(recorder: Recorder, *shares: tuple[str, int, int], bos: str = "") -> No
                 num_rows=last - first,
                 starts_with_bos=request == bos,
                 admitted=first == 0,
+                num_prompt_tokens=20,
             )
             for request, first, last in shares
         ]
@@ -111,5 +112,5 @@ def test_rows_are_copied_before_the_next_layer_changes_them(tmp_path: Path) -> N
     guard: Any = SimpleNamespace(hook_point=PLACES[0])
     recorder.see(guard, rows)
     rows.zero_()
-    recorder.close_step([StepRequest("a", 1, 0, 2, False, True)])
+    recorder.close_step([StepRequest("a", 1, 0, 2, False, True, num_prompt_tokens=2)])
     assert (write(recorder, tmp_path)[f"a/{PLACES[0]}"] == 1).all()
