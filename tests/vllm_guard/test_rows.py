@@ -450,3 +450,15 @@ def test_no_token_goes_unread_and_no_place_is_lost_over_a_long_run(
     rows.begin([share(f"last{i}", 1) for i in range(4)], kv_slots=torch.arange(4))
     with pytest.raises(IndexError):
         rows.begin([share("one more", 1)], kv_slots=slots(5))
+
+
+def test_a_recorder_is_told_whose_rows_each_step_had() -> None:
+    told: list[list[StepRequest]] = []
+    recorder = SimpleNamespace(close_step=lambda requests: told.append(list(requests)))
+    step = StepBuffers(max_tokens=16, max_requests=4, num_columns=1)
+    rows = StepRows(step, num_hooks=NUM_HOOKS, default_slot=DEFAULT, recorder=recorder)
+    first = [share("a", 3), share("b", 2)]
+    for requests in (first, [], [share("b", 1, first=2)]):
+        rows.begin(requests, kv_slots=None)
+        rows.finish()
+    assert told == [first, [], [share("b", 1, first=2)]]
