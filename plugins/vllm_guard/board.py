@@ -6,6 +6,8 @@ One board in each API server, and in the process of an offline `LLM`.
 from collections.abc import Mapping
 from typing import Any
 
+from prometheus_client import REGISTRY, CollectorRegistry
+
 from guard.http.desk import PolicyDesk
 from guard.metrics import Metrics
 from guard.policy import PolicyFile
@@ -19,7 +21,12 @@ class Board:
     """Where this process keeps verdicts and counts: one desk, one set of metrics."""
 
     def __init__(
-        self, policy_file: PolicyFile, fingerprints: Mapping[str, str], *, secret: bytes
+        self,
+        policy_file: PolicyFile,
+        fingerprints: Mapping[str, str],
+        *,
+        secret: bytes,
+        registry: CollectorRegistry = REGISTRY,
     ) -> None:
         """Open the desk and declare the metrics of a policy file.
 
@@ -27,6 +34,7 @@ class Board:
             policy_file: Whose policies are served.
             fingerprints: Of each policy, by name.
             secret: Per-start secret shared with the engine core.
+            registry: Where the metrics are registered, once.
         """
         sources = policy_file.saes
         self.desk = PolicyDesk(policy_file, fingerprints, secret=secret)
@@ -34,6 +42,7 @@ class Board:
             policy_file,
             fingerprints=fingerprints,
             digests={name: source.sha256 for name, source in sources.items()},
+            registry=registry,
         )
         self.ready = False
         """Whether every engine has said that it is guarded."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prometheus_client import REGISTRY, CollectorRegistry
+
 from guard.calibration import Calibration, share_budgets
 from guard.check import check_calibrations, load_calibrations
 from guard.drill import RecoveryEdit, load_edits
@@ -208,14 +210,23 @@ def get() -> Context:
     return _context
 
 
-def get_board() -> "Board":
-    """Return the board of this process, opened when it is first asked for."""
+def get_board(registry: CollectorRegistry = REGISTRY) -> "Board":
+    """Return the board of this process, opened when it is first asked for.
+
+    Args:
+        registry: Where its metrics are registered, if it is opened now.
+    """
     # Only where answers are handed out: a worker needs neither HTTP nor metrics.
     from vllm_guard.board import Board
 
     state = get()
     if state.board is None:
-        state.board = Board(state.policy_file, state.fingerprints, secret=state.secret)
+        state.board = Board(
+            state.policy_file,
+            state.fingerprints,
+            secret=state.secret,
+            registry=registry,
+        )
     return state.board
 
 

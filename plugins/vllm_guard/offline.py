@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry
 from safetensors.torch import load_file
 
 from guard.errors import EngineError
@@ -52,6 +53,8 @@ class _Engine:
         import vllm_guard
 
         vllm_guard.register()
+        # Nobody scrapes these, and a process may start a second engine.
+        context.get_board(CollectorRegistry())
         from vllm import LLM
 
         self._name = name

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import VllmConfig
 from vllm_guard import compat
 
+from guard.check import digest_model
 from guard.errors import EngineError
 from guard.testing import make_toy_model
 
@@ -255,3 +257,18 @@ def test_an_old_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "version", lambda _: "0.31.2+cpu")
     with pytest.raises(EngineError, match=r"too old; expected 0\.32"):
         compat.check_version()
+
+
+def test_the_served_model_is_digested_where_its_files_are(tmp_path: Path) -> None:
+    make_toy_model(tmp_path / "model")
+    config = SimpleNamespace(model=str(tmp_path / "model"), revision=None)
+    assert compat.digest(config) == digest_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["nobody/has-this", "no such/name/at all"])
+def test_a_model_whose_files_are_not_at_hand_has_no_digest(name: str) -> None:
+    assert compat.digest(SimpleNamespace(model=name, revision=None)) is None
+
+
+def test_a_dtype_is_named_as_a_calibration_names_it() -> None:
+    assert compat.dtype_name(SimpleNamespace(dtype=torch.bfloat16)) == "bfloat16"

@@ -3,13 +3,19 @@
 import os
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
+from specimens import make_calibration
 from vllm_guard import context
 
+from guard.calibration import save_calibration
 from guard.errors import CalibrationError, DrillError, EngineError, PolicyError
+from guard.policy import load_policy
 from guard.request import TICKET_KEY, read_ticket
+from guard.sae.load import weights_digest
 
 
 @pytest.mark.usefixtures("clean_process")
@@ -137,3 +143,72 @@ def test_a_salt_depends_on_the_policy_and_on_the_client_and_never_mixes_them() -
     assert len(set(salts)) == len(salts)
     assert context.cache_salt("ab", "x") == context.cache_salt("ab", "x")
     assert context.cache_salt("ab", None) == context.cache_salt("ab", "")
+
+
+SEVERAL = """
+version: 1
+saes:
+  s: {{path: sae, format: guard, hook_point: layers.1.resid_post, sha256: {digest}}}
+policies:
+  default:
+    monitors:
+      - {{name: a, sae: s, score: error_norm, calibration: c.safetensors,
+          target_fpr: 0.1, on_alarm: flag}}
+      - {{name: b, sae: s, score: error_norm, calibration: d.safetensors,
+          target_fpr: 0.1, on_alarm: block}}
+      - {{name: c, sae: s, score: error_norm, calibration: c.safetensors,
+          target_fpr: 0.1, on_alarm: flag}}
+  open: {{}}
+default_policy: default
+"""
+
+
+@pytest.mark.usefixtures("clean_process")
+def test_thresholds_are_those_of_each_calibration_in_the_order_of_the_monitors(
+    write_policy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_policy()
+    digest = weights_digest(path.parent / "sae", "guard")
+    path.write_text(SEVERAL.format(digest=digest))
+    policy_file = load_policy(path)
+    numbers = torch.arange(1.0, 20.0)
+    columns = torch.stack([numbers, 10 * numbers, 100 * numbers], 1)
+    for name, lengths in (("c", (16, 64)), ("d", (32, 64))):
+        calibration = make_calibration(
+            policy_file, maxima=(columns, 1000 * columns), lengths=lengths
+        )
+        save_calibration(calibration, path.with_name(f"{name}.safetensors"))
+    monkeypatch.setenv("GUARD_POLICY", str(path))
+    assert context.enter()
+    state = context.get()
+    calibrations = state.calibrations
+    for length, buckets in ((10, (0, 0)), (20, (1, 0)), (40, (1, 1)), (10, (0, 0))):
+        pairs = calibrations[str(path.with_name("c.safetensors"))].thresholds(
+            (16, 64)[buckets[0]], targets={"a": Fraction("0.1"), "c": Fraction("0.1")}
+        )
+        alone = calibrations[str(path.with_name("d.safetensors"))].thresholds(
+            (32, 64)[buckets[1]], targets={"b": Fraction("0.1")}
+        )
+        expected = (pairs["a"], alone["b"], pairs["c"])
+        assert state.thresholds("default", length) == expected
+        assert alone["b"] == 180.0 * 1000 ** buckets[1]
+    assert state.thresholds("open", 10) == ()
+
+
+@pytest.mark.usefixtures("clean_process")
+def test_a_recording_process_needs_no_calibration_and_watches_nothing(
+    write_policy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_policy()
+    path.with_name("c.safetensors").unlink()
+    monkeypatch.setenv("GUARD_POLICY", str(path))
+    monkeypatch.setenv("GUARD_RECORD", "1")
+    assert context.enter()
+    state = context.get()
+    assert state.recorder is not None
+    assert state.columns == ()
+    assert state.calibrations == {}
+    assert [str(at) for at in state.hook_points] == ["layers.1.resid_post"]
+    assert len(state.policy_file.policies["default"].clamps) == 2
+    context.reset()
+    assert "GUARD_RECORD" not in os.environ

@@ -1,5 +1,7 @@
 """The custom op: what the compiler is told of it is true."""
 
+from typing import Any
+
 import torch
 from specimens import (
     AT,
@@ -103,3 +105,30 @@ def test_one_call_in_sixty_four_is_timed_and_told_once() -> None:
     assert len(ops.take_seconds()) == 2
     assert ops.take_seconds() == []
     ops.bind([])
+
+
+class Seen:
+    """A recorder that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, torch.Tensor]] = []
+
+    def see(self, guard: Guard, resid: torch.Tensor) -> None:
+        self.rows.append((str(guard.hook_point), resid.clone()))
+
+
+def test_a_recorder_sees_the_whole_stream_behind_the_clamp() -> None:
+    recorder: Any = Seen()
+    guard = make_guard()
+    ops.bind([guard], recorder=recorder)
+    hidden_states, residual = draw_rows(6, seed=0).bfloat16(), draw_rows(6, seed=1)
+    before = hidden_states.clone()
+    ops.call_guard(hidden_states, residual, 0)
+    assert not torch.equal(hidden_states, before)
+    ((at, resid),) = recorder.rows
+    assert at == AT
+    assert torch.equal(resid, hidden_states.float() + residual)
+    # A server records nothing.
+    ops.bind([guard])
+    ops.call_guard(hidden_states, residual, 0)
+    assert len(recorder.rows) == 1

@@ -554,3 +554,16 @@ def test_no_token_goes_unread_and_no_place_is_lost_over_a_long_run(
     rows.begin([share(f"last{i}", 1) for i in range(4)], kv_slots=torch.arange(4))
     with pytest.raises(IndexError):
         rows.begin([share("one more", 1)], kv_slots=slots(5))
+
+
+def test_rows_tell_whose_they_are_until_the_step_is_over() -> None:
+    rows = StepRows(
+        StepBuffers(max_tokens=16, max_requests=4, num_columns=1),
+        num_hooks=NUM_HOOKS,
+        default_slot=DEFAULT,
+    )
+    for requests in ([share("a", 3), share("b", 2)], [], [share("b", 1, first=2)]):
+        rows.begin(requests, kv_slots=None)
+        assert list(rows.requests) == requests
+        rows.finish()
+        assert list(rows.requests) == []

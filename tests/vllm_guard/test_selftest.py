@@ -55,7 +55,9 @@ def test_a_place_without_an_sae_must_leave_every_row_as_it_was(
     assert not bare.dictionaries
     check_canary(bare, state.policy_file, dtype=torch.bfloat16, width=64)
     monkeypatch.setattr(ops, "call_guard", lambda rows, *_: rows.add_(0.1))
-    with pytest.raises(EngineError, match=r"at 'layers.2.resid_post' under .* off by 0\.1"):
+    with pytest.raises(
+        EngineError, match=r"at 'layers.2.resid_post' under .* off by 0\.1"
+    ):
         check_canary(bare, state.policy_file, dtype=torch.float32, width=64)
 
 
