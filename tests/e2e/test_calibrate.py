@@ -60,13 +60,14 @@ DIALOGUES = labelled_prompts(2, seed=7_200_000, split="train")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The organism under a policy that is not calibrated yet."""
     folder = tmp_path_factory.mktemp("shop")
-    for name in ("model", "saes", "probes"):
+    for name in ("model", "saes", "probes", "drills"):
         shutil.copytree(ORGANISM / name, folder / name)
     text = (ORGANISM / "policy.yaml").read_text()
     (sae,) = load_policy(ORGANISM / "policy.yaml").saes
     start, end = text.index("    monitors:\n"), text.index("  open:")
     own = MONITORS.format(sae=sae, late=LATE)
-    (folder / "policy.yaml").write_text(text[:start] + own + text[end:])
+    text = text[:start] + own + text[end:].replace("watch, ", "")
+    (folder / "policy.yaml").write_text(text)
     return folder
 
 

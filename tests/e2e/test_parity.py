@@ -51,7 +51,7 @@ class Reference:
 def policy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The organism's policies, whose alarms are only reported: every answer ends."""
     text = (ORGANISM / "policy.yaml").read_text()
-    for folder in ("saes", "calib", "probes"):
+    for folder in ("saes", "calib", "probes", "drills"):
         text = text.replace(f" {folder}/", f" {ORGANISM}/{folder}/")
     path = tmp_path_factory.mktemp("policy") / "policy.yaml"
     path.write_text(text.replace("on_alarm: block", "on_alarm: flag"))
