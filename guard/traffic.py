@@ -48,6 +48,8 @@ _CHUNK = 256
 
 Advance = Callable[[int], object]
 """Told how many more requests are done."""
+Seen = tuple[int, Tensor]
+"""Total length of a request, and the maximum of each monitor, `[num_entries]`."""
 
 
 class Recorder(Protocol):
@@ -133,35 +135,8 @@ def calibrate(
         CalibrationError: There is too little traffic for the policy's targets.
     """
     progress = _Progress(work, provenance)
-    fitted = progress.load_fit()
-    entries: Mapping[str, Entry]
-    if fitted is None:
-        recordings = []
-        for recording in recorder.record(plan.fitting):
-            recordings.append(recording)
-            on_requests(1)
-        entries = fit_entries(reader, recordings, plan.probes or {})
-        reference = [(r.total_length, reader.maxima(entries, r)) for r in recordings]
-        del recordings
-        progress.save_fit(entries, reference)
-    else:
-        entries, reference = fitted
-        on_requests(len(plan.fitting))
-    held_out: list[tuple[int, Tensor]] = []
-    for start in range(0, len(plan.held_out), _CHUNK):
-        share = plan.held_out[start : start + _CHUNK]
-        known = progress.load_chunk(start)
-        if known is None:
-            known = []
-            for recording in recorder.record(share):
-                known.append(
-                    (recording.total_length, reader.maxima(entries, recording))
-                )
-                on_requests(1)
-            progress.save_chunk(start, known)
-        else:
-            on_requests(len(share))
-        held_out += known
+    entries, reference = _fit(reader, recorder, plan, progress, on_requests)
+    held_out = _collect(reader, recorder, plan, entries, progress, on_requests)
     lengths = plan.lengths or (max(n for n, _ in [*reference, *held_out]),)
     calibration = fit_calibration(
         entries,
@@ -172,6 +147,54 @@ def calibrate(
     )
     check_sample(calibration, reader.policy)
     return calibration
+
+
+def _fit(
+    reader: Reader,
+    recorder: Recorder,
+    plan: Plan,
+    progress: "_Progress",
+    on_requests: Advance,
+) -> tuple[Mapping[str, Entry], list[Seen]]:
+    """Fit the statistics, or find them done; with the maxima of the same requests."""
+    known = progress.load_fit()
+    if known is not None:
+        on_requests(len(plan.fitting))
+        return known
+    recordings = []
+    for recording in recorder.record(plan.fitting):
+        recordings.append(recording)
+        on_requests(1)
+    entries = fit_entries(reader, recordings, plan.probes or {})
+    reference = [(r.total_length, reader.maxima(entries, r)) for r in recordings]
+    progress.save_fit(entries, reference)
+    return entries, reference
+
+
+def _collect(
+    reader: Reader,
+    recorder: Recorder,
+    plan: Plan,
+    entries: Mapping[str, Entry],
+    progress: "_Progress",
+    on_requests: Advance,
+) -> list[Seen]:
+    """Read the held-out requests, chunk by chunk, those left out that are done."""
+    held_out: list[Seen] = []
+    for start in range(0, len(plan.held_out), _CHUNK):
+        share = plan.held_out[start : start + _CHUNK]
+        known = progress.load_chunk(start)
+        if known is not None:
+            on_requests(len(share))
+        else:
+            known = []
+            for recording in recorder.record(share):
+                maxima = reader.maxima(entries, recording)
+                known.append((recording.total_length, maxima))
+                on_requests(1)
+            progress.save_chunk(start, known)
+        held_out += known
+    return held_out
 
 
 class _Progress:
@@ -190,16 +213,14 @@ class _Progress:
                 old.unlink()
             known.write_text(text, encoding="utf-8")
 
-    def load_fit(self) -> tuple[Mapping[str, Entry], list[tuple[int, Tensor]]] | None:
+    def load_fit(self) -> tuple[Mapping[str, Entry], list[Seen]] | None:
         if not self._fit.exists():
             return None
         saved = load_calibration(self._fit)
         lengths = saved.provenance["total_lengths"]
         return saved.entries, list(zip(lengths, saved.maxima[0], strict=True))
 
-    def save_fit(
-        self, entries: Mapping[str, Entry], reference: list[tuple[int, Tensor]]
-    ) -> None:
+    def save_fit(self, entries: Mapping[str, Entry], reference: list[Seen]) -> None:
         maxima = torch.stack([maxima for _, maxima in reference])
         lengths = [length for length, _ in reference]
         saved = Calibration(
@@ -214,14 +235,14 @@ class _Progress:
         save_calibration(saved, scratch)
         scratch.replace(self._fit)
 
-    def load_chunk(self, start: int) -> list[tuple[int, Tensor]] | None:
+    def load_chunk(self, start: int) -> list[Seen] | None:
         path = self._folder / f"chunk-{start}.safetensors"
         if not path.exists():
             return None
         saved = load_file(path)
         return list(zip(saved["lengths"].tolist(), saved["maxima"], strict=True))
 
-    def save_chunk(self, start: int, known: list[tuple[int, Tensor]]) -> None:
+    def save_chunk(self, start: int, known: list[Seen]) -> None:
         path = self._folder / f"chunk-{start}.safetensors"
         tensors = {
             "lengths": torch.tensor([length for length, _ in known]),
