@@ -169,12 +169,15 @@ def measure_organism(requests: int) -> list[Row]:
 
 
 def draw_long_prompts(count: int, *, seed: int) -> list[Prompt]:
-    """Draw random texts of 8 to 600 words with 32 to 400 tokens to generate."""
+    """Draw random texts with 32 to 400 tokens to generate, as many for each bucket."""
     rng = random.Random(seed)
     prompts = []
     for _ in range(count):
-        words = rng.choices(TOY_WORDS, k=round(8 * 75 ** rng.random()))
-        prompts.append(Prompt(text=" ".join(words), max_tokens=rng.randint(*OUTPUTS)))
+        length = rng.choice(LENGTHS)
+        total = rng.randint(length // 2 + 1, length)
+        output = rng.randint(OUTPUTS[0], min(OUTPUTS[1], total - 8))
+        words = rng.choices(TOY_WORDS, k=total - output - 1)  # and a BOS
+        prompts.append(Prompt(text=" ".join(words), max_tokens=output))
     return prompts
 
 
