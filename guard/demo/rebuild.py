@@ -112,6 +112,8 @@ _MONITORS = """\
          probe: probes/content.safetensors, stage: output, window: 4,
          calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: {action}}}
       - {{name: error, sae: {name}, score: error_norm,
+         calibration: calib/default.safetensors, target_fpr: 0.01, on_alarm: flag}}
+      - {{name: left, sae: {name}, score: clamp_residual,
          calibration: calib/default.safetensors, target_fpr: 0.01, on_alarm: flag}}"""
 
 

@@ -4,7 +4,7 @@ Both run the organism on the same 200 prompts: the engine compiled and batched, 
 other one request at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,7 +91,10 @@ def refer(
     (source,) = policy_file.saes.values()
     sae = load_sae(source.path, format=source.format, sha256=source.sha256)
     layer = HookPoint.parse(source.hook_point).layer
-    seen: list[torch.Tensor] = []
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(at: str) -> Callable[[object, object, torch.Tensor], None]:
+        return lambda _module, _args, output: seen.update({at: output[0, 1:].float()})
 
     def hook(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
         output = output.clone()
@@ -99,15 +102,19 @@ def refer(
         clamped = clamp_resid(rows, sae, reader.policy.clamps)
         touched = clamped.clamped.any(1, keepdim=True)
         output[0, 1:] = torch.where(touched, clamped.resid.to(dtype), rows)
-        seen[:] = [output[0, 1:].float()]
         return output
 
-    handle = model.model.layers[layer].register_forward_hook(hook)
+    layers = model.model.layers
+    handles = [layers[layer].register_forward_hook(hook)]
+    for at in reader.hook_points:  # behind the clamp's own hook
+        place = layers[HookPoint.parse(at).layer]
+        handles.append(place.register_forward_hook(keep(at)))
     found = [
         _refer_one(model, ids, tokenizer.eos_token_id, reader, seen)
         for ids in prompt_ids
     ]
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     return found
 
 
@@ -117,7 +124,7 @@ def _refer_one(
     prompt: list[int],
     eos: int,
     reader: Reader,
-    seen: list[torch.Tensor],
+    seen: dict[str, torch.Tensor],
 ) -> Reference:
     sequence, gaps, logprobs = list(prompt), [], []
     for _ in range(MAX_TOKENS):
@@ -132,7 +139,7 @@ def _refer_one(
     own = logits.log_softmax(1)[: len(prompt) - 1]
     following = torch.tensor(prompt[1:])[:, None]
     recording = Recording(
-        resid=dict.fromkeys(reader.hook_points, seen[0]),
+        resid=dict(seen),
         prompt_length=len(prompt) - 1,
         total_length=len(prompt) + MAX_TOKENS,
     )
