@@ -30,10 +30,17 @@ check: .venv/.ready
 	$(bin)/mypy
 	$(bin)/lint-imports
 
-bench: .venv/.ready
+bench: .venv/.ready build/organism-1
 	$(bin)/python -m benchmarks.overhead $(ARGS)
+	$(bin)/python -m benchmarks.scores
 	$(bin)/python -m benchmarks.host
 	$(bin)/python -m benchmarks.streams
+	$(bin)/python -m benchmarks.false_alarms
+	$(bin)/python -m benchmarks.detection --organism build/organism-1
+
+# Another model and SAE: what is claimed of monitors is not about one seed.
+build/organism-1: | .venv/.ready
+	$(bin)/python -m guard.demo.rebuild $@ --seed 1
 
 clean:
 	rm -rf .venv
