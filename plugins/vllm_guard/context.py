@@ -117,12 +117,12 @@ class Context:
             policy: Its name.
             total_length: Most tokens the request can have, prompt and output.
         """
-        entry = self.policy_file.policies[policy]
-        groups = share_budgets(entry)
-        buckets = tuple(self.calibrations[p].bucket(total_length) for p, _ in groups)
+        # Asked for every request: what is shared how is worked out once.
+        buckets = tuple(c.bucket(total_length) for c in self.calibrations.values())
         if (policy, buckets) not in self._thresholds:
+            entry = self.policy_file.policies[policy]
             found: dict[str, float] = {}
-            for (path, _), targets in groups.items():
+            for (path, _), targets in share_budgets(entry).items():
                 calibration = self.calibrations[path]
                 found |= calibration.thresholds(total_length, targets=targets)
             ordered = tuple(found[monitor.name] for monitor in entry.monitors)
