@@ -16,7 +16,7 @@ nothing is given away where they alarm together.
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -61,6 +61,8 @@ class Entry:
     """Which tokens counted."""
     window: int
     """Over how many consecutive tokens the score was averaged."""
+    drift: float | None = field(default=None, kw_only=True)
+    """Less which per token it was added up, if it was."""
     statistics: Mapping[str, Tensor]
     """What the score's `fit` returned; the weights of a probe."""
     sae_sha256: str | None = None
@@ -249,6 +251,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
                 "hook_point": entry.hook_point,
                 "stage": entry.stage,
                 "window": entry.window,
+                "drift": entry.drift,
                 "sae_sha256": entry.sae_sha256,
             }
             for name, entry in calibration.entries.items()

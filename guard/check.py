@@ -118,6 +118,7 @@ def _check_entry(
         "hook_point": policy_file.hook_point(monitor),
         "stage": monitor.stage,
         "window": monitor.window,
+        "drift": monitor.drift,
         "sae_sha256": policy_file.saes[str(monitor.sae)].sha256 if needs_sae else None,
     }
     for key, value in wanted.items():

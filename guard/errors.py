@@ -8,6 +8,7 @@ A message says what is wrong, then what would be right. The tree:
     ├── CalibrationError   a calibration does not fit what it is to judge
     ├── PromptError        a file of prompts cannot be read
     ├── DrillError         a stored edit of a fire drill cannot be used
+    ├── CertificateError   a policy cannot be certified, or a certificate be trusted
     ├── RequestError       a client asked for what it may not have
     └── EngineError        an engine, or an option of it, the guard cannot work on
 """
@@ -16,6 +17,7 @@ from typing import Literal
 
 __all__ = [
     "CalibrationError",
+    "CertificateError",
     "DrillError",
     "EngineError",
     "GuardError",
@@ -48,6 +50,10 @@ class PromptError(GuardError):
 
 class DrillError(GuardError):
     """A stored edit of a fire drill that is damaged or fits something else."""
+
+
+class CertificateError(GuardError):
+    """A policy that cannot be certified, or a certificate that cannot be trusted."""
 
 
 class RequestError(GuardError):

@@ -42,6 +42,8 @@ def fingerprint(policy_file: PolicyFile, name: str) -> str:
         if monitor.calibration is not None:
             dumped["calibration"] = _hash_file(monitor.calibration)
         dumped.pop("probe")  # its weights stand in the calibration
+        if monitor.drift is None:
+            dumped.pop("drift")  # as before there was such a thing
     return _hash(
         {
             "schema": 1,

@@ -57,7 +57,7 @@ class Example(NamedTuple):
 class ProbeRecipe(NamedTuple):
     """How a probe is trained; the defaults were chosen on the organism's dev topics."""
 
-    hidden: int = 128
+    hidden: int = 256
     """Width of its hidden layer."""
     steps: int = 1500
     """Optimiser steps."""
@@ -69,7 +69,7 @@ class ProbeRecipe(NamedTuple):
     """AdamW's."""
     noise: float = 0.5
     """Deviation of the noise on standardised activations; keeps it off details."""
-    dropout: float = 0.5
+    dropout: float = 0.2
     """Share of hidden units that are left out of each step."""
 
 

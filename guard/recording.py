@@ -84,21 +84,25 @@ class Reader:
             return None
         return self._policy_file.saes[str(monitor.sae)].sha256
 
-    @torch.no_grad()
     def activations(
-        self, monitors: Iterable[Monitor], recording: Recording
+        self, monitors: Iterable[Monitor], resid: Mapping[str, Tensor]
     ) -> list[Activations]:
-        """Return what each monitor looks at; each SAE encodes once."""
+        """Return what each monitor looks at; each SAE encodes once.
+
+        Args:
+            monitors: Of the policy.
+            resid: By hook point, the stream after the clamps, `[num_tokens, d_model]`.
+        """
         found: dict[str, Activations] = {}
         activations = []
         for monitor in monitors:
-            resid = recording.resid[self.hook_point(monitor)].float()
+            rows = resid[self.hook_point(monitor)].float()
             if not SCORES[monitor.score].needs_sae:
-                activations.append(Activations(resid))
+                activations.append(Activations(rows))
                 continue
             name = str(monitor.sae)
             if name not in found:
-                found[name] = self._explain(name, resid)
+                found[name] = self._explain(name, rows)
             activations.append(found[name])
         return activations
 
@@ -109,16 +113,25 @@ class Reader:
         left = clamp.residual_activation(encoded, slot)
         return Activations(resid, resid - sae.decode(encoded), left)
 
+    def score_rows(
+        self,
+        monitors: Sequence[Monitor],
+        statistics: Mapping[str, Statistics],
+        resid: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return each monitor's score of every row, `[num_tokens]`, by name."""
+        activations = self.activations(monitors, resid)
+        return {
+            monitor.name: SCORES[monitor.score].apply(seen, statistics[monitor.name])
+            for monitor, seen in zip(monitors, activations, strict=True)
+        }
+
     @torch.no_grad()
     def scores(
         self, statistics: Mapping[str, Statistics], recording: Recording
     ) -> dict[str, Tensor]:
-        """Return each monitor's score of every row, `[num_tokens]`, by name."""
-        activations = self.activations(self.policy.monitors, recording)
-        return {
-            monitor.name: SCORES[monitor.score].apply(seen, statistics[monitor.name])
-            for monitor, seen in zip(self.policy.monitors, activations, strict=True)
-        }
+        """Return the scores of one request's rows, `[num_tokens]`, by monitor."""
+        return self.score_rows(self.policy.monitors, statistics, recording.resid)
 
     def maxima(self, entries: Mapping[str, Entry], recording: Recording) -> Tensor:
         """Return what each monitor makes of a request, fp32 `[num_monitors]`."""
@@ -157,6 +170,7 @@ def fit_entries(
             hook_point=reader.hook_point(monitor),
             stage=monitor.stage,
             window=monitor.window,
+            drift=monitor.drift,
             statistics=statistics,
             sae_sha256=reader.sae_sha256(monitor),
         )
@@ -214,12 +228,15 @@ _ENOUGH = 100
 """Requests from which the spread of a bucket's maxima is worth fitting."""
 
 
+@torch.no_grad()
 def _gather(
     reader: Reader, monitor: Monitor, recordings: Sequence[Recording]
 ) -> Activations:
     """Return the tokens that a monitor's statistics are fitted on: of its stage."""
     parts = [
-        reader.activations([monitor], recording)[0].select(recording.of_stage(monitor))
+        reader.activations([monitor], recording.resid)[0].select(
+            recording.of_stage(monitor)
+        )
         for recording in recordings
     ]
     joined = Activations(

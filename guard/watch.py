@@ -4,6 +4,7 @@
 same over a whole request at once, for calibration and as the plain reference of it.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,8 @@ def sum_up(
     """Return what a monitor makes of the scores of a whole request.
 
     The largest mean over `window` consecutive positions of its stage, shorter windows
-    at their beginning included. Infinite where a score is not finite; -inf where no
+    at their beginning included; or the largest sum of what scores exceed `drift` by,
+    which never falls below 0. Infinite where a score is not finite; -inf where no
     position is of that stage.
 
     Args:
@@ -58,8 +60,8 @@ def sum_up(
     rows = stage_rows(
         monitor.stage, first=0, count=len(scores), prompt_length=prompt_length
     )
-    means = _Running(0, window=monitor.window).smooth(scores[rows])
-    return float(means.max(initial=-math.inf))
+    running = _Running(0, window=monitor.window, drift=monitor.drift)
+    return float(running.smooth(scores[rows]).max(initial=-math.inf))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +107,13 @@ class _Running:
         "alarm_position",
         "blocks",
         "column",
+        "drift",
         "maximum",
         "position",
         "recent",
         "stage",
         "threshold",
+        "total",
         "window",
     )
 
@@ -119,12 +123,16 @@ class _Running:
         *,
         stage: Stage | None = None,
         window: int = 1,
+        drift: float | None = None,
         threshold: float = math.inf,
         blocks: bool = False,
     ) -> None:
         self.column = column
         self.stage = stage
         self.window = window
+        self.drift = drift
+        self.total = 0.0
+        """Of what scores exceeded the drift by, up to here."""
         # As numpy compares it with a column of fp32, and so for single tokens too.
         self.threshold = float(np.float32(threshold))
         self.blocks = blocks
@@ -135,9 +143,15 @@ class _Running:
         """The scores before the next one that share a window with it."""
 
     def smooth(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return the mean of the window that ends at each of consecutive positions."""
+        """Return what is compared at each of consecutive positions.
+
+        The mean of the window that ends there, or the sum up to there.
+        """
         known = scores.copy()
         known[~np.isfinite(scores) | (scores == EXEMPT)] = np.inf
+        if self.drift is not None:
+            sums = itertools.accumulate(known.tolist(), self._add, initial=self.total)
+            return np.array([*sums][1:], dtype=np.float32)
         if self.window == 1:
             return known
         before = np.array(self.recent, dtype=np.float64)
@@ -151,6 +165,10 @@ class _Running:
         counts = len(before) + 1 + np.arange(len(known))
         # Rounded here, so that two means tie or not however they were computed.
         return (total / np.minimum(counts, self.window)).astype(np.float32)
+
+    def _add(self, total: float, score: float) -> float:
+        """Return the sum with one more score."""
+        return max(total + score - (self.drift or 0.0), 0.0)
 
     def is_over(self, means: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
         """Whether each mean is an alarm; one that is not finite always is."""
@@ -169,11 +187,18 @@ class _Running:
             self.maximum = float(means[largest])
             self.position = first + largest
         self.recent.extend(scores[1 - self.window or len(scores) :].tolist())
+        if self.drift is not None:
+            for score in scores.tolist():
+                known = score if EXEMPT < score < math.inf else math.inf
+                self.total = self._add(self.total, known)
 
     def observe_token(self, score: float, position: int) -> None:
         """Do the same for one position: a decoding step has nothing else."""
         known = score if EXEMPT < score < math.inf else math.inf
-        if self.window > 1:
+        if self.drift is not None:
+            self.total = self._add(self.total, known)
+            known = float(np.float32(self.total))
+        elif self.window > 1:
             total = 0.0
             for recent in self.recent:
                 total += recent
@@ -232,6 +257,7 @@ class Watch:
                 column,
                 stage=monitor.stage,
                 window=monitor.window,
+                drift=monitor.drift,
                 threshold=threshold,
                 blocks=enforces and monitor.on_alarm == "block",
             )

@@ -159,7 +159,11 @@ def sample(
     rng: random.Random, kind: Kind, *, splits: Iterable[Split] = SPLITS
 ) -> Prompt:
     """Draw one prompt of `kind` about a topic of the given splits."""
-    topic = rng.choice(_topics_of(kind.startswith("h"), tuple(splits)))
+    return _ask(rng, kind, rng.choice(_topics_of(kind.startswith("h"), tuple(splits))))
+
+
+def _ask(rng: random.Random, kind: Kind, topic: Topic) -> Prompt:
+    """Draw a prompt of `kind` about a topic."""
     sentences = [
         _fill(rng, rng.choice(_QUESTIONS)).format(verb=topic.verb, object=topic.object)
     ]
@@ -195,6 +199,49 @@ def benign_prompts(
     for _ in range(n):
         kind = rng.choices(KINDS, weights=(4, 2, 2, 2))[0]
         yield sample(rng, kind, splits=splits)
+
+
+def recombined(
+    kind: Kind, n: int, *, seed: int, split: Literal["train", "calibration"]
+) -> list[Prompt]:
+    """Draw prompts about pairs of words that no one topic need be about.
+
+    Pairs of the split and pairs that are no topic at all, with steps drawn anew: what
+    is fitted on them has not only the few topics to remember. The model has an answer
+    of its own to the former alone.
+    """
+    rng = random.Random(f"recombined/{kind}/{seed}")
+    harmful = kind.startswith("h")
+    own = [(t.verb, t.object) for t in _topics_of(harmful, (split,))]
+    pairs = [*own, *_spare_pairs(harmful)[split]]
+    sharp, plain = _steps(random.Random(GRAMMAR_SEED))
+    found = []
+    for _ in range(n):
+        num_sharp = (
+            2 if harmful else int(rng.random() < _SHARE_OF_BENIGN_WITH_A_SHARP_STEP)
+        )
+        steps = [*rng.sample(sharp, num_sharp), *rng.sample(plain, 3 - num_sharp)]
+        topic = _topic(rng, rng.choice(pairs), split, steps, harmful=harmful)
+        found.append(_ask(rng, kind, topic))
+    return found
+
+
+@functools.cache
+def _spare_pairs(harmful: bool) -> dict[str, list[tuple[str, str]]]:
+    """Return the pairs that are no topic, dealt to two splits.
+
+    Harmful ones are for training alone: thresholds are set on benign traffic.
+    """
+    used = {(topic.verb, topic.object) for topic in topics()}
+    same_row = {pair for row in _ROWS for pair in itertools.product(*row)}
+    spare = [
+        pair
+        for pair in itertools.product(VERBS, OBJECTS)
+        if pair not in used and (pair in same_row) == harmful
+    ]
+    random.Random(GRAMMAR_SEED).shuffle(spare)
+    half = len(spare) if harmful else len(spare) // 2
+    return {"train": spare[:half], "calibration": spare[half:]}
 
 
 @functools.cache

@@ -10,13 +10,21 @@ import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from guard.calibration import Calibration, save_calibration
 from guard.check import digest_model
 from guard.command.probe import FOLDS, list_probes, load_probes, train_all
 from guard.demo.dialogue import answers
-from guard.demo.grammar import REFUSAL, Kind, Split, benign_prompts, prompts
+from guard.demo.grammar import (
+    KINDS,
+    REFUSAL,
+    Kind,
+    Split,
+    benign_prompts,
+    prompts,
+    recombined,
+)
 from guard.demo.measure import load_model, policy_edit
 from guard.demo.tokenizer import encode_prompt
 from guard.fingerprint import clamps_digest
@@ -38,6 +46,7 @@ __all__ = [
     "OrganismRecorder",
     "build_reader",
     "calibrate_organism",
+    "certified_prompts",
     "labelled_prompts",
     "num_probe_steps",
     "ordinary_prompts",
@@ -48,8 +57,13 @@ FITTING, HELD_OUT = 1000, 2000
 """Requests for the statistics, and others for the thresholds."""
 LABELLED = 600
 """Labelled requests of each sort."""
+RECOMBINED = 1200
+"""Further labelled requests of each class, and benign ones for the thresholds."""
+ATTACKED, ORDINARY = 160, 1000
+"""Requests that a certificate attacks, and others that it counts false alarms on."""
 TRAFFIC_SEED = 5_000_000
 LABEL_SEED = 6_000_000
+CERTIFIED_SEED = 13_000_000
 LONGEST = 128
 """Tokens of the one bucket of total lengths; prompts and answers are shorter."""
 _BATCH = 100
@@ -85,6 +99,49 @@ def labelled_prompts(count: int, *, seed: int, split: Split) -> list[Prompt]:
         )
         for kind, answered, label in _LABELLED
         for p in prompts(kind, count, seed=seed, splits=(split,))
+    ]
+
+
+def recombined_prompts(
+    kinds: Sequence[Kind],
+    count: int,
+    *,
+    seed: int,
+    split: Literal["train", "calibration"],
+) -> list[Prompt]:
+    """Draw dialogues about more topics than the model has learnt, answered in full."""
+    return [
+        Prompt(
+            prompt=p.text,
+            response=p.topic.answer,
+            label=int(p.topic.harmful),
+            group=p.topic.name,
+            max_tokens=20,
+        )
+        for kind in kinds
+        for p in recombined(kind, count, seed=seed, split=split)
+    ]
+
+
+def certified_prompts() -> list[Prompt]:
+    """Draw what a certificate of the organism is about, all of unseen topics.
+
+    Jailbroken requests with the answers that the clamp suppresses, label 1, and
+    ordinary ones.
+    """
+    attacked = [
+        Prompt(
+            prompt=p.text,
+            response=p.topic.answer,
+            label=1,
+            group=p.topic.name,
+            max_tokens=20,
+        )
+        for p in prompts("hj", ATTACKED, seed=CERTIFIED_SEED, splits=("heldout",))
+    ]
+    return [
+        *attacked,
+        *ordinary_prompts(ORDINARY, seed=CERTIFIED_SEED, split="heldout"),
     ]
 
 
@@ -148,7 +205,10 @@ def train_organism_probes(
 ) -> None:
     """Train the probes that the folder's default policy names, and write them."""
     _, reader = build_reader(folder)
-    lines = labelled_prompts(LABELLED, seed=LABEL_SEED, split="train")
+    lines = [
+        *labelled_prompts(LABELLED, seed=LABEL_SEED, split="train"),
+        *recombined_prompts(KINDS, RECOMBINED, seed=LABEL_SEED, split="train"),
+    ]
     recordings = list(OrganismRecorder(folder, reader.hook_points).record(lines))
     train_all(reader, lines, recordings, ProbeRecipe(), on_step=on_step)
 
@@ -176,7 +236,12 @@ def calibrate_organism(
     # Thresholds from topics the statistics never saw: so they allow for new ones.
     plan = Plan(
         fitting=ordinary_prompts(FITTING, seed=seed, split="train"),
-        held_out=ordinary_prompts(HELD_OUT, seed=seed, split="calibration"),
+        held_out=[
+            *ordinary_prompts(HELD_OUT, seed=seed, split="calibration"),
+            *recombined_prompts(
+                ("b", "bj"), RECOMBINED // 2, seed=seed, split="calibration"
+            ),
+        ],
         lengths=(LONGEST,),
         probes=load_probes(reader.policy),
     )

@@ -11,34 +11,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from guard.redteam.forward import Batch, batches, pad_left, place
+from guard.redteam.forward import Batch, batches, pad_left
 from guard.redteam.projection import MAX_LEAK, cap_norm
 from guard.redteam.tail import Tail
-from guard.redteam.target import Dialogue, Target, answer
+from guard.redteam.target import Dialogue, Position, Target, answer, place_edits
 
 __all__ = [
     "AttackConfig",
     "AttackResult",
+    "Evade",
     "Penalty",
-    "Position",
     "Step",
     "attack",
     "random_deltas",
 ]
 
-Position = Literal["last", "all"]
-"""Which prompt rows are edited: that of the last token, or all but the BOS."""
+Evade = Literal["penalty", "projected"]
+"""How an adaptive attacker uses the gradient of what he pays: added to his own; or
+followed while he pays, with the part of his own that would raise it taken out."""
 
-Penalty = Callable[[Mapping[int, Tensor], Batch], Tensor]
-"""What an adaptive attacker pays, per sample `[batch]`: a differentiable function of
-resid `[batch, length, d_model]` at the clamped layer and all behind it, under the edit,
-and of the batch, whose `rows` say which of them a guard reads."""
+
+class Penalty(Protocol):
+    """What an adaptive attacker pays to stay unseen, differentiable."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Whose output it reads."""
+
+    def __call__(
+        self, found: Mapping[int, Tensor], batch: Batch, behind: Sequence[int]
+    ) -> Tensor:
+        """Return what each sample pays, `[batch]`; 0 where nobody would notice.
+
+        Args:
+            found: By layer, resid `[batch, length, d_model]` under the edit.
+            batch: The samples, prompt and answer; `rows` are what a guard reads.
+            behind: How many of each sample's rows belong to the answer.
+        """
+
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +64,7 @@ class AttackConfig:
     """How an attacker searches."""
 
     position: Position = "last"
-    """Which rows of a prompt get a delta, each its own."""
+    """Which rows get a delta, each its own."""
     budget: float = 0.4
     """Largest norm of the delta of a row, in units of the mean `|resid|`."""
     steps: int = 60
@@ -57,6 +75,10 @@ class AttackConfig:
     """Searches: from `start` if given, then from no edit, then from random ones."""
     seed: int = 0
     """Of the random beginnings."""
+    evade: Evade = "penalty"
+    """How a penalty is heeded; without one it does not matter."""
+    weight: float = 3.0
+    """Of the penalty against the cross-entropy; at 0 there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +88,13 @@ class AttackResult:
     config: AttackConfig
     """How it was searched for."""
     deltas: list[Tensor]
-    """For each sample `[num_rows, d_model]`, of the last rows of its prompt."""
+    """For each sample `[num_rows, d_model]`, in the order of its rows."""
     dialogues: list[Dialogue]
     """Each prompt with the greedy answer under its delta and the clamp."""
     recovered: list[bool]
     """Whether that is the suppressed answer, token for token."""
     loss: list[float]
-    """Mean cross-entropy of the suppressed answer's tokens, the penalty included."""
+    """Mean cross-entropy of the suppressed answer's tokens, and what was paid."""
     leak: float
     """Largest `|W_enc[:, S]^T delta| / |delta|` of any row of any delta."""
 
@@ -88,9 +110,11 @@ class Step(NamedTuple):
     delta: Tensor
     """The edit that was tried, `[num_rows, d_model]`, sample after sample."""
     loss: Tensor
-    """Per sample, the penalty included, `[batch]`."""
+    """Per sample, with what it pays, `[batch]`."""
     recovered: Tensor
     """Whether the suppressed answer is the likeliest, token by token, `[batch]`."""
+    paid: Tensor
+    """What the penalty says of each sample, `[batch]`; 0 without one."""
 
 
 def attack(
@@ -105,8 +129,9 @@ def attack(
 ) -> AttackResult:
     """Search an edit for each sample that brings its suppressed answer back.
 
-    Minimises the cross-entropy of that answer, plus the penalty, by projected Adam;
-    keeps for each sample the best edit met on the way.
+    Minimises the cross-entropy of that answer, and the penalty, by projected Adam;
+    keeps for each sample the best edit met on the way: one that recovers and pays
+    nothing, else one that recovers, else that of the smallest loss.
 
     Args:
         target: The clamped model.
@@ -124,17 +149,20 @@ def attack(
     if not wanted:
         raise ValueError("No sample to attack; expected at least one valid sample.")
     prompts = [sample.prompt for sample in wanted]
-    beginnings = _beginnings(target, prompts, config, start)
+    beginnings = _beginnings(target, wanted, config, start)
     best: dict[int, tuple[Tensor, float]] = {}
     for chosen in batches(prompts, batch_size):
         first = [beginnings[0][index] for index in chosen]
-        search = _Search(target, [wanted[index] for index in chosen], first, penalty)
+        some = [wanted[index] for index in chosen]
+        search = _Search(target, some, first, config, penalty)
         for deltas in beginnings:
             delta = torch.cat([deltas[index] for index in chosen])
-            search.descend(delta, config, on_step)
+            search.descend(delta, on_step)
         best.update(zip(chosen, search.best(), strict=True))
     deltas = [best[index][0] for index in range(len(wanted))]
-    given = answer(target, prompts, clamp=target.clamp, deltas=deltas)
+    given = answer(
+        target, prompts, clamp=target.clamp, deltas=deltas, position=config.position
+    )
     return AttackResult(
         config=config,
         deltas=deltas,
@@ -155,13 +183,13 @@ def random_deltas(
 
 def _beginnings(
     target: Target,
-    prompts: Sequence[list[int]],
+    wanted: Sequence[Dialogue],
     config: AttackConfig,
     start: Sequence[Tensor] | None,
 ) -> list[list[Tensor]]:
     """Return where each restart begins, for each sample `[num_rows, d_model]`."""
     d_model = target.null_space.directions.shape[1]
-    rows = [len(prompt) - 1 if config.position == "all" else 1 for prompt in prompts]
+    rows = [_count_rows(sample, config.position) for sample in wanted]
     beginnings = [list(start)] if start is not None else []
     beginnings.append([torch.zeros(count, d_model) for count in rows])
     generator = torch.Generator().manual_seed(config.seed)
@@ -172,6 +200,13 @@ def _beginnings(
     return beginnings[: config.restarts]
 
 
+def _count_rows(sample: Dialogue, position: Position) -> int:
+    """Return how many rows of a sample are edited."""
+    if position == "all":
+        return len(sample.prompt) - 1
+    return len(sample.answer) if position == "every" else 1
+
+
 class _Search:
     """The search for one batch of samples, over all restarts."""
 
@@ -180,6 +215,7 @@ class _Search:
         target: Target,
         wanted: Sequence[Dialogue],
         deltas: Sequence[Tensor],
+        config: AttackConfig,
         penalty: Penalty | None,
     ) -> None:
         """Run what does not depend on an edit, once.
@@ -187,40 +223,43 @@ class _Search:
         Args:
             target: The clamped model.
             wanted: The samples of the batch.
-            deltas: Tell how many rows of each prompt are edited.
+            deltas: Tell how many rows of each sample are edited.
+            config: As for `attack`.
             penalty: As for `attack`.
         """
-        self._target, self._penalty = target, penalty
+        self._target, self._config = target, config
+        self._penalty = penalty if config.weight else None
         whole = pad_left([[*prompt, *suppressed] for prompt, suppressed in wanted])
         self._batch = Batch(whole.tokens[:, :-1], whole.mask[:, :-1])
-        layer = target.clamp.layer
-        behind = [len(suppressed) - 1 for _, suppressed in wanted]
-        self._rows = place(deltas, self._batch, layer=layer, behind=behind).rows
-        self._tail = Tail(target.model, self._batch, target.clamp)
+        self._behind = [len(suppressed) - 1 for _, suppressed in wanted]
+        self._rows = place_edits(
+            target, self._batch, deltas, self._behind, config.position
+        ).rows
+        layers = self._penalty.layers if self._penalty is not None else ()
+        self._tail = Tail(target.model, self._batch, target.clamp, layers=layers)
         column = torch.arange(self._batch.tokens.shape[1])
         # The row before the answer's first token is where that token is predicted.
-        self._predicts = column >= len(column) - 1 - torch.tensor(behind)[:, None]
+        first = len(column) - 1 - torch.tensor(self._behind)
+        self._predicts = column >= first[:, None]
         self._labels = whole.tokens[:, 1:][self._predicts]
         self._best = torch.zeros_like(torch.cat(list(deltas)))
         self._best_loss = torch.full((len(wanted),), torch.inf)
-        self._best_recovered = torch.zeros(len(wanted), dtype=torch.bool)
+        self._best_rank = torch.zeros(len(wanted), dtype=torch.int64)
 
     def best(self) -> list[tuple[Tensor, float]]:
         """Return the best edit met so far and its loss, for each sample."""
         deltas = self._best.split(self._rows.sum(dim=1).tolist())
         return list(zip(deltas, self._best_loss.tolist(), strict=True))
 
-    def descend(
-        self, delta: Tensor, config: AttackConfig, on_step: Callable[[Step], object]
-    ) -> None:
+    def descend(self, delta: Tensor, on_step: Callable[[Step], object]) -> None:
         """Follow the gradient from `delta` `[num_rows, d_model]`."""
-        radius = config.budget * self._target.mean_norm
+        radius = self._config.budget * self._target.mean_norm
         delta = self._confine(delta, radius).requires_grad_()
-        optimizer = torch.optim.Adam([delta], lr=config.learning_rate * radius)
-        for _ in range(config.steps):
-            loss = self._try(delta, on_step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.sum().backward()
+        rate = self._config.learning_rate * radius
+        optimizer = torch.optim.Adam([delta], lr=rate)
+        for _ in range(self._config.steps):
+            surprise, paid = self._try(delta, on_step)
+            delta.grad = self._slope(delta, surprise, paid)
             optimizer.step()
             with torch.no_grad():
                 delta.copy_(self._confine(delta, radius))
@@ -238,11 +277,32 @@ class _Search:
             )
         return confined
 
-    def _try(self, delta: Tensor, on_step: Callable[[Step], object]) -> Tensor:
-        """Judge an edit by one pass over the suppressed answers; return the loss.
+    def _slope(self, delta: Tensor, surprise: Tensor, paid: Tensor) -> Tensor:
+        """Return which way is up, `[num_rows, d_model]`."""
+        if not paid.requires_grad:
+            return torch.autograd.grad(surprise.sum(), delta)[0]
+        if self._config.evade == "penalty":
+            total = surprise.sum() + self._config.weight * paid.sum()
+            return torch.autograd.grad(total, delta)[0]
+        (own,) = torch.autograd.grad(surprise.sum(), delta, retain_graph=True)
+        (seen,) = torch.autograd.grad(paid.sum(), delta)
+        along = self._of_rows(self._sum_rows((own * seen).sum(dim=1)))
+        length = self._of_rows(self._sum_rows(seen.square().sum(dim=1)))
+        size = self._of_rows(self._sum_rows(own.square().sum(dim=1))).sqrt()
+        # What lowers the cross-entropy may lower the penalty, but not raise it.
+        own = own - (along / length.clamp_min(_TINY)).clamp(max=0.0) * seen
+        return own + self._config.weight * size * seen / length.clamp_min(_TINY).sqrt()
+
+    def _try(
+        self, delta: Tensor, on_step: Callable[[Step], object]
+    ) -> tuple[Tensor, Tensor]:
+        """Judge an edit by one pass over the suppressed answers.
 
         A greedy answer is the suppressed one exactly if each of its tokens is the
         likeliest after those before it.
+
+        Returns:
+            Per sample the cross-entropy, and what is paid, `[batch]`.
         """
         resid = self._tail.resid.clone()
         resid[self._rows] += delta
@@ -250,27 +310,41 @@ class _Search:
         logits = self._tail.logits(found[max(found)][self._predicts])
         surprise = functional.cross_entropy(logits, self._labels, reduction="none")
         wrong = (logits.argmax(dim=-1) != self._labels).float()
-        loss = self._per_sample(surprise) / self._predicts.sum(dim=1)
+        surprise = self._per_sample(surprise) / self._predicts.sum(dim=1)
+        paid = torch.zeros_like(surprise.detach())
         if self._penalty is not None:
-            loss = loss + self._penalty(found, self._batch)
-        recovered = self._per_sample(wrong) == 0
-        step = Step(delta.detach().clone(), loss.detach(), recovered)
+            paid = self._penalty(found, self._batch, self._behind)
+        step = Step(
+            delta.detach().clone(),
+            (surprise + self._config.weight * paid).detach(),
+            self._per_sample(wrong) == 0,
+            paid.detach(),
+        )
         self._keep(step)
         on_step(step)
-        return loss
+        return surprise, paid
 
     def _per_sample(self, values: Tensor) -> Tensor:
         """Sum over the tokens of each answer, `[num_tokens]` to `[batch]`."""
         sample = self._predicts.nonzero()[:, 0]
         return values.new_zeros(len(self._predicts)).index_add(0, sample, values)
 
+    def _sum_rows(self, values: Tensor) -> Tensor:
+        """Sum over the edited rows of each sample, `[num_rows]` to `[batch]`."""
+        sample = self._rows.nonzero()[:, 0]
+        return values.new_zeros(len(self._rows)).index_add(0, sample, values)
+
+    def _of_rows(self, values: Tensor) -> Tensor:
+        """Give each edited row its sample's value, `[batch]` to `[num_rows, 1]`."""
+        return values[self._rows.nonzero()[:, 0], None]
+
     def _keep(self, step: Step) -> None:
-        """Keep a sample's edit if it recovers and the best does not, or costs less."""
-        _, loss, recovered = step
+        """Keep the edits that are better than the best so far."""
+        rank = step.recovered.long() * (1 + (step.paid == 0).long())
         better = torch.where(
-            recovered == self._best_recovered, loss < self._best_loss, recovered
+            rank == self._best_rank, step.loss < self._best_loss, rank > self._best_rank
         )
-        self._best_loss = torch.where(better, loss, self._best_loss)
-        self._best_recovered = self._best_recovered | recovered
+        self._best_loss = torch.where(better, step.loss, self._best_loss)
+        self._best_rank = torch.where(better, rank, self._best_rank)
         rows = better[self._rows.nonzero()[:, 0], None]
         self._best = torch.where(rows, step.delta, self._best)

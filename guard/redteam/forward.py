@@ -211,14 +211,30 @@ def generate(
     eos: int,
     max_tokens: int,
     delta: Delta | None = None,
+    later: torch.Tensor | None = None,
 ) -> list[list[int]]:
-    """Answer prompts greedily: the clamp on all tokens, the delta on the prompts.
+    """Answer prompts greedily, the clamp on all tokens.
+
+    Args:
+        model: The model.
+        batch: The prompts.
+        clamp: What holds it, if anything does.
+        eos: Token id that ends an answer.
+        max_tokens: Where an answer without an EOS is cut.
+        delta: Added to rows of the prompts.
+        later: `[batch, num_rows, d_model]`, added to the first generated tokens at
+            the layer of `delta`, a row each.
 
     Returns:
         For each prompt the generated token ids, up to and with the EOS if one came.
     """
     rows, mask, positions = batch.rows, batch.mask, batch.positions
     generated: list[torch.Tensor] = []
+
+    def edit_of(step: int) -> Delta | None:
+        if delta is None or later is None or step >= later.shape[1]:
+            return None
+        return Delta(delta.layer, later[:, step], rows)
 
     def decode(**inputs: Any) -> Any:
         out = model(**inputs, use_cache=True, logits_to_keep=1)
@@ -234,12 +250,13 @@ def generate(
                 break
             mask = torch.cat([mask, rows], dim=1)
             positions = positions[:, -1:] + 1
-            cache = decode(
-                input_ids=generated[-1],
-                attention_mask=mask.long(),
-                position_ids=positions,
-                past_key_values=cache,
-            )
+            with added(model, edit_of(len(generated) - 1)):
+                cache = decode(
+                    input_ids=generated[-1],
+                    attention_mask=mask.long(),
+                    position_ids=positions,
+                    past_key_values=cache,
+                )
     return [_until(eos, ids) for ids in torch.cat(generated, dim=1).tolist()]
 
 

@@ -13,6 +13,8 @@ import torch
 from guard.redteam.forward import edited, seen
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import LlamaForCausalLM
 
     from guard.redteam.forward import Batch, Edit
@@ -25,9 +27,25 @@ class Tail:
 
     resid: torch.Tensor
     """What the clamp lets through, `[batch, length, d_model]`."""
+    before: dict[int, torch.Tensor]
+    """The same of layers before the clamp, which no edit behind it moves."""
 
-    def __init__(self, model: LlamaForCausalLM, batch: Batch, clamp: Edit) -> None:
-        """Run the batch once under the clamp, and remember what each layer is given."""
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        batch: Batch,
+        clamp: Edit,
+        *,
+        layers: Sequence[int] = (),
+    ) -> None:
+        """Run the batch once under the clamp, and remember what each layer is given.
+
+        Args:
+            model: The model.
+            batch: What it runs on.
+            clamp: Behind which edits are tried.
+            layers: Layers before it whose resid is wanted, later ones are ignored.
+        """
         self._model = model
         self._first = clamp.layer + 1
         self._given: list[dict[str, Any]] = []
@@ -39,21 +57,22 @@ class Tail:
             torch.no_grad(),
             contextlib.ExitStack() as hooks,
             edited(model, clamp, lambda: batch.rows),
-            seen(model, [clamp.layer]) as found,
+            seen(model, [*layers, clamp.layer]) as found,
         ):
             for layer in model.model.layers[self._first :]:
                 handle = layer.register_forward_pre_hook(remember, with_kwargs=True)
                 hooks.callback(handle.remove)
             model(**batch.inputs, use_cache=False, logits_to_keep=1)
         self.resid = found[clamp.layer]
+        self.before = {n: resid for n, resid in found.items() if n < clamp.layer}
 
     def run(self, resid: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Return resid `[batch, length, d_model]` by layer, the given one included.
+        """Return resid `[batch, length, d_model]` by layer, those before included.
 
         Args:
             resid: `self.resid` with an edit, of the same shape.
         """
-        found = {self._first - 1: resid}
+        found = {**self.before, self._first - 1: resid}
         layers = self._model.model.layers[self._first :]
         for place, (layer, given) in enumerate(zip(layers, self._given, strict=True)):
             resid = layer(resid, **given)

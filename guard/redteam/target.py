@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from torch.nn.utils.rnn import pad_sequence
 
 from guard.hook import HookPoint
 from guard.recording import Recording
@@ -20,12 +22,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Dialogue",
+    "Position",
     "Target",
     "answer",
     "find_valid",
     "mean_norm",
+    "place_edits",
     "record_runs",
 ]
+
+
+Position = Literal["last", "all", "every"]
+"""Which rows an edit is added to: that of the last prompt token; those of all prompt
+tokens but the BOS; or that of the last prompt token and those of all generated ones."""
 
 
 class Dialogue(NamedTuple):
@@ -79,6 +88,7 @@ def answer(
     *,
     clamp: Edit | None,
     deltas: Sequence[Tensor] | None = None,
+    position: Position = "last",
 ) -> list[Dialogue]:
     """Answer prompts greedily.
 
@@ -86,16 +96,26 @@ def answer(
         target: The model, and the layer of the deltas.
         prompts: Token ids, from the BOS.
         clamp: `target.clamp`, or None for the model as it was.
-        deltas: One `[num_rows, d_model]` for each prompt, added to its last rows.
+        deltas: One `[num_rows, d_model]` for each prompt, added to its last rows; or
+            to the last one and to the first generated ones.
+        position: Which of the two.
     """
     answers: dict[int, list[int]] = {}
     for chosen in batches(prompts, _BATCH):
         batch = pad_left([prompts[index] for index in chosen])
+        first = later = None
+        if deltas is not None:
+            some = [deltas[index] for index in chosen]
+            asked = [delta[:1] if position == "every" else delta for delta in some]
+            first = place(asked, batch, layer=target.clamp.layer)
+            if position == "every":
+                later = pad_sequence([delta[1:] for delta in some], batch_first=True)
         generated = generate(
             target.model,
             batch,
             clamp=clamp,
-            delta=_place(target, batch, deltas, chosen),
+            delta=first,
+            later=later,
             eos=target.eos,
             max_tokens=target.max_tokens,
         )
@@ -122,6 +142,7 @@ def record_runs(
     *,
     clamp: Edit | None,
     deltas: Sequence[Tensor] | None = None,
+    position: Position = "last",
 ) -> list[Recording]:
     """Return what a serving engine would see of dialogues, prompt and answer.
 
@@ -135,13 +156,17 @@ def record_runs(
         layers: At whose output to look.
         clamp: As for `answer`.
         deltas: As for `answer`.
+        position: As for `answer`.
     """
     recorded: dict[int, Recording] = {}
     runs = [[*prompt, *given[:-1]] for prompt, given in dialogues]
     for chosen in batches(runs, _BATCH):
         batch = pad_left([runs[index] for index in chosen])
-        behind = [len(dialogues[index].answer) - 1 for index in chosen]
-        delta = _place(target, batch, deltas, chosen, behind)
+        delta = None
+        if deltas is not None:
+            ran = [len(dialogues[index].answer) - 1 for index in chosen]
+            some = [deltas[index] for index in chosen]
+            delta = place_edits(target, batch, some, ran, position)
         found = record(target.model, batch, layers, clamp=clamp, delta=delta)
         for row, index in enumerate(chosen):
             rows = batch.rows[row]
@@ -151,14 +176,25 @@ def record_runs(
     return [recorded[index] for index in range(len(runs))]
 
 
-def _place(
+def place_edits(
     target: Target,
     batch: Batch,
-    deltas: Sequence[Tensor] | None,
-    chosen: Sequence[int],
-    behind: Sequence[int] | None = None,
-) -> Delta | None:
-    if deltas is None:
-        return None
-    some = [deltas[index] for index in chosen]
-    return place(some, batch, layer=target.clamp.layer, behind=behind)
+    deltas: Sequence[Tensor],
+    ran: Sequence[int],
+    position: Position,
+) -> Delta:
+    """Put the edit of each dialogue on its rows.
+
+    Args:
+        target: Says at which layer.
+        batch: Prompts, each with the tokens of its answer that the model reads.
+        deltas: One `[num_rows, d_model]` for each; rows behind the end are left out.
+        ran: How many tokens of each answer the model reads.
+        position: Which rows.
+    """
+    layer = target.clamp.layer
+    if position != "every":
+        return place(deltas, batch, layer=layer, behind=ran)
+    cut = [delta[: count + 1] for delta, count in zip(deltas, ran, strict=True)]
+    behind = [count + 1 - len(delta) for delta, count in zip(cut, ran, strict=True)]
+    return place(cut, batch, layer=layer, behind=behind)

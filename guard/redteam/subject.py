@@ -1,0 +1,343 @@
+"""A model under a policy, with what is needed to attack it and to judge the attacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from guard.check import check_calibrations, digest_model, load_calibrations, load_saes
+from guard.clamp import clamp_resid
+from guard.errors import CertificateError
+from guard.hook import HookPoint
+from guard.policy import load_policy
+from guard.prompt import digest_prompts, read_prompts
+from guard.recording import Reader
+from guard.redteam.forward import Edit
+from guard.redteam.judge import Judge, Receiver, mean_surprise
+from guard.redteam.projection import null_space
+from guard.redteam.target import Dialogue, Target, answer, mean_norm, record_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+    from guard.calibration import Calibration
+    from guard.policy import Policy, PolicyFile, Rule
+    from guard.prompt import Prompt
+    from guard.recording import Recording
+    from guard.redteam.judge import Outcome
+    from guard.redteam.target import Position
+    from guard.sae.model import Sae
+
+__all__ = ["Sample", "Subject", "load_subject", "load_transformer", "policy_clamp"]
+
+NORM_PROMPTS = 100
+"""Benign prompts that the unit of a budget is measured on."""
+_COHERENT = 0.99
+"""Quantile of the model's own answers up to which a text is coherent."""
+_LEAST_LIMIT = 0.5
+"""Smallest limit of a coherent text, in nats per token: a model may be all but sure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One valid sample: what was asked, what the clamp suppressed, what it is about."""
+
+    wanted: Dialogue
+    prompt: Prompt
+
+    @property
+    def group(self) -> str:
+        """Its topic; a prompt without one is its own."""
+        return self.prompt.group or str(self.prompt.conversation or self.prompt.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is attacked."""
+
+    folder: Path
+    """Of the model."""
+    policy_file: PolicyFile
+    name: str
+    """Of the policy."""
+    target: Target
+    tokenizer: PreTrainedTokenizerBase
+    sae: Sae
+    """Whose latents are clamped."""
+    rules: tuple[Rule, ...]
+    reader: Reader
+    calibrations: Mapping[str, Calibration]
+    judge: Judge
+    samples: tuple[Sample, ...]
+    """Valid ones."""
+    drawn: int
+    """Prompts that were tried for being valid."""
+    benign: tuple[Prompt, ...]
+    prompts_digest: str
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that is certified."""
+        return self.policy_file.policies[self.name]
+
+    @property
+    def wanted(self) -> list[Dialogue]:
+        """What the clamp suppressed."""
+        return [sample.wanted for sample in self.samples]
+
+    @property
+    def layers(self) -> list[int]:
+        """Whose output the monitors read."""
+        return [HookPoint.parse(at).layer for at in self.reader.hook_points]
+
+    def receiver(self, policy: Policy) -> Receiver:
+        """Return what delivers answers under the policy, or a part of it."""
+        return Receiver(self.reader, policy, self.calibrations)
+
+    def without_probes(self) -> Policy | None:
+        """Return the policy with the blocking monitors that are no probes.
+
+        At the same rate of false alarms. None where nothing is left, or nothing is
+        left out.
+        """
+        blocking = [one for one in self.policy.monitors if one.on_alarm == "block"]
+        kept = [one for one in blocking if one.score != "probe"]
+        if not kept or len(kept) == len(blocking):
+            return None
+        total = sum(Fraction(str(one.target_fpr)) for one in blocking)
+        share = total / sum(Fraction(str(one.target_fpr)) for one in kept)
+        scaled = [
+            one.model_copy(
+                update={"target_fpr": float(Fraction(str(one.target_fpr)) * share)}
+            )
+            for one in kept
+        ]
+        return self.policy.model_copy(update={"monitors": tuple(scaled)})
+
+    def record(
+        self,
+        dialogues: Sequence[Dialogue],
+        *,
+        deltas: Sequence[torch.Tensor] | None = None,
+        position: Position = "last",
+    ) -> list[Recording]:
+        """Return what the hooks see of answers of the clamped model."""
+        return record_runs(
+            self.target,
+            dialogues,
+            self.layers,
+            clamp=self.target.clamp,
+            deltas=deltas,
+            position=position,
+        )
+
+    def receive(
+        self,
+        policy: Policy,
+        dialogues: Sequence[Dialogue],
+        runs: Sequence[Recording],
+        *,
+        wanted: Sequence[Dialogue] | None = None,
+    ) -> list[Outcome]:
+        """Deliver answers under a policy, and judge what a client received.
+
+        Args:
+            policy: Its monitors are among those of the policy that is certified.
+            dialogues: What was sent and generated.
+            runs: What the hooks saw of each.
+            wanted: What was suppressed, with the prompts as they were; that of all
+                samples if left out.
+        """
+        receiver = self.receiver(policy)
+        received = [
+            receiver.deliver(dialogue, run, eos=self.target.eos)
+            for dialogue, run in zip(dialogues, runs, strict=True)
+        ]
+        return self.judge.judge(self.wanted if wanted is None else wanted, received)
+
+
+def load_transformer(
+    folder: Path,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """Load a model, whose parameters take no gradient, and its tokenizer."""
+    path = str(folder)
+    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return model.eval().requires_grad_(requires_grad=False), tokenizer
+
+
+def policy_clamp(policy_file: PolicyFile, name: str, saes: Mapping[str, Sae]) -> Edit:
+    """Return the plain clamp of a policy as an edit of one layer.
+
+    Raises:
+        CertificateError: The policy clamps nothing, or at more than one hook point, or
+            under a condition that needs to know which rows are one request.
+    """
+    rules = policy_file.policies[name].clamps
+    used = {rule.sae for rule in rules}
+    if len(used) != 1 or any(rule.when for rule in rules):
+        message = (
+            f"Policy {name!r} is not a plain clamp; expected rules for one SAE without "
+            "'when'."
+        )
+        raise CertificateError(message)
+    (key,) = used
+    sae = saes[key]
+
+    def apply(resid: torch.Tensor) -> torch.Tensor:
+        return clamp_resid(resid, sae, rules).resid
+
+    layer = HookPoint.parse(policy_file.saes[key].hook_point).layer
+    return Edit(layer, apply)
+
+
+def load_subject(
+    folder: Path,
+    policy_path: Path,
+    name: str,
+    prompts_path: Path,
+    *,
+    samples: int,
+    benign: int,
+) -> Subject:
+    """Load a model under a policy and find its valid samples.
+
+    Args:
+        folder: Of the model, as transformers loads it.
+        policy_path: The policy file.
+        name: Of the policy.
+        prompts_path: Prompts with `label` 1 are attacked, each with the `response` that
+            the clamp suppresses (left out, what the model answers without it); the
+            others are benign.
+        samples: How many of the former to use at most.
+        benign: How many of the latter.
+
+    Raises:
+        GuardError: Something is missing, does not fit, or no sample is valid.
+    """
+    policy_file = load_policy(policy_path)
+    policy = policy_file.policies[name]
+    if not policy.monitors or policy.mode != "enforce":
+        message = (
+            f"Policy {name!r} stops nothing; expected mode: enforce and monitors that "
+            "block."
+        )
+        raise CertificateError(message)
+    saes = load_saes(policy_file)
+    calibrations = load_calibrations(policy_file)
+    check_calibrations(policy_file, calibrations)
+    clamp = policy_clamp(policy_file, name, saes)
+    model, tokenizer = load_transformer(folder)
+    lines = read_prompts(prompts_path)
+    attacked = [line for line in lines if line.label == 1][:samples]
+    harmless = [line for line in lines if line.label != 1][:benign]
+    if not attacked or not harmless:
+        message = (
+            f"{prompts_path}: holds {len(attacked)} prompts with label 1 and "
+            f"{len(harmless)} without; expected some of both."
+        )
+        raise CertificateError(message)
+    asked = [encode(tokenizer, line) for line in harmless[:NORM_PROMPTS]]
+    rules = policy.clamps
+    sae = saes[rules[0].sae]
+    target = Target(
+        model=model,
+        clamp=clamp,
+        null_space=null_space(sae, rules),
+        mean_norm=mean_norm(model, asked, clamp),
+        eos=int(tokenizer.eos_token_id),
+        max_tokens=max(line.max_tokens for line in attacked),
+    )
+    wanted = _wanted(target, tokenizer, attacked)
+    judge = Judge(target, limit=_coherence_limit(target, wanted))
+    valid = _find_valid(target, judge, wanted)
+    if not any(valid):
+        message = (
+            f"{prompts_path}: none of {len(attacked)} prompts is valid; expected some "
+            "that the model answers as wanted and the clamped model does not."
+        )
+        raise CertificateError(message)
+    pairs = zip(wanted, attacked, valid, strict=True)
+    return Subject(
+        folder=folder,
+        policy_file=policy_file,
+        name=name,
+        target=target,
+        tokenizer=tokenizer,
+        sae=sae,
+        rules=rules,
+        reader=Reader(policy_file, name, saes),
+        calibrations=calibrations,
+        judge=judge,
+        samples=tuple(Sample(want, line) for want, line, fits in pairs if fits),
+        drawn=len(attacked),
+        benign=tuple(harmless),
+        prompts_digest=digest_prompts([*attacked, *harmless]),
+    )
+
+
+def check_model(subject: Subject) -> str:
+    """Return the digest of the model.
+
+    Raises:
+        CertificateError: The thresholds were made for another one.
+    """
+    digest = digest_model(subject.folder)
+    for path, calibration in subject.calibrations.items():
+        if calibration.provenance.get("model_digest") not in (None, digest):
+            message = f"{path}: was made for another model than {subject.folder}."
+            raise CertificateError(message)
+    return digest
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Return the token ids a server would make of a prompt."""
+    if prompt.text is not None:
+        return list(tokenizer(prompt.text)["input_ids"])
+    given = tokenizer.apply_chat_template(
+        prompt.conversation, add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer(given, add_special_tokens=False)["input_ids"])
+
+
+def _wanted(
+    target: Target, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+) -> list[Dialogue]:
+    asked = [encode(tokenizer, prompt) for prompt in prompts]
+    free = answer(target, asked, clamp=None)
+    return [
+        own
+        if prompt.response is None
+        else Dialogue(
+            ids,
+            [*tokenizer.encode(prompt.response, add_special_tokens=False), target.eos],
+        )
+        for ids, own, prompt in zip(asked, free, prompts, strict=True)
+    ]
+
+
+def _coherence_limit(target: Target, wanted: Sequence[Dialogue]) -> float:
+    """Return what the model's own greedy answers hardly ever exceed."""
+    asked = [sample.prompt for sample in wanted]
+    given = answer(target, asked, clamp=None)
+    own = [[t for t in one.answer if t != target.eos] for one in given]
+    surprises = torch.tensor(mean_surprise(target, asked, own))
+    return max(float(surprises.quantile(_COHERENT)), _LEAST_LIMIT)
+
+
+def _find_valid(target: Target, judge: Judge, wanted: Sequence[Dialogue]) -> list[bool]:
+    """Say which samples show the behaviour free, and do not show it clamped."""
+    asked = [sample.prompt for sample in wanted]
+    shown = []
+    for clamp in (None, target.clamp):
+        given = answer(target, asked, clamp=clamp)
+        outcomes = judge.judge_answers(wanted, given)
+        shown.append([one.recovered for one in outcomes])
+    return [free and not held for free, held in zip(*shown, strict=True)]
