@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from guard.calibration import Calibration, load_calibration, share_budgets
+from guard.certificate import load_certificates
 from guard.drill import load_edits
 from guard.errors import CalibrationError
 from guard.fingerprint import clamps_digest
@@ -42,6 +43,7 @@ def check_policy(policy_file: PolicyFile) -> dict[str, Sae]:
     saes = load_saes(policy_file)
     calibrations = load_calibrations(policy_file)
     check_calibrations(policy_file, calibrations)
+    load_certificates(policy_file)
     step = StepBuffers(max_tokens=1, max_requests=1, num_columns=len(columns))
     edits = load_edits(policy_file)
     build_guards(policy_file, saes, calibrations, step, edits=edits)

@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.exceptions import TyperException
 
 from guard import __version__
+from guard.certificate import load_certificates
 from guard.errors import CalibrationError, EngineError, GuardError, PolicyError
 from guard.fingerprint import fingerprint
 from guard.policy import PolicyFile, load_policy
@@ -87,10 +88,13 @@ def check(policy: Annotated[Path, typer.Argument(help="The policy file.")]) -> N
 
     policy_file = load_policy(policy)
     check_policy(policy_file)
+    certificates = load_certificates(policy_file)
     for name, entry in policy_file.policies.items():
+        certified = certificates.get(name)
         typer.echo(
             f"{name}: {entry.mode}, {len(entry.clamps)} clamps, "
             f"{len(entry.monitors)} monitors, {fingerprint(policy_file, name)[:12]}"
+            + (f", certificate {certified.id[:12]}" if certified else "")
         )
     for drill in policy_file.drills:
         typer.echo(f"drill {drill.name}: {drill.position} behind {drill.sae}")

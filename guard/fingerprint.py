@@ -35,7 +35,8 @@ def fingerprint(policy_file: PolicyFile, name: str) -> str:
         known = ", ".join(policy_file.policies)
         raise PolicyError(f"{name!r} is not in policies; expected one of {known}")
     policy = policy_file.policies[name]
-    content = policy.model_dump(mode="json")
+    # A certificate names the fingerprint, and so cannot be in it.
+    content = policy.model_dump(mode="json", exclude={"certificate"})
     used = {rule.sae for rule in policy.clamps}
     used |= {monitor.sae for monitor in policy.monitors if monitor.sae}
     for monitor, dumped in zip(policy.monitors, content["monitors"], strict=True):
@@ -88,8 +89,15 @@ def file_fingerprint(policy_file: PolicyFile) -> str:
     for drill, dumped in zip(policy_file.drills, content["drills"], strict=True):
         dumped["delta"] = _hash_file(drill.delta)
     saes = {name: _identify(source) for name, source in policy_file.saes.items()}
-    policies = [[name, fingerprint(policy_file, name)] for name in policy_file.policies]
+    policies = [
+        [name, fingerprint(policy_file, name), *_certified(policy.certificate)]
+        for name, policy in policy_file.policies.items()
+    ]
     return _hash({"schema": 1, **content, "saes": saes, "policies": policies})
+
+
+def _certified(path: Path | None) -> tuple[str, ...]:
+    return () if path is None else (_hash_file(path),)
 
 
 def _hash(content: Mapping[str, object]) -> str:

@@ -45,6 +45,7 @@ class Metrics:
         *,
         fingerprints: Mapping[str, str],
         digests: Mapping[str, str],
+        certificates: Mapping[str, str] | None = None,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
         """Declare the collectors and every child a policy file can ever need.
@@ -53,12 +54,14 @@ class Metrics:
             policy_file: Names the policies, clamps, monitors and SAEs.
             fingerprints: Policy name to fingerprint.
             digests: SAE name to the sha256 of its weights.
+            certificates: Name of each policy that has one to the certificate's id.
             registry: Where the collectors are registered, once.
         """
         self._declare_counters(registry)
         self._declare_histograms(registry)
         self._create_children(policy_file)
         _declare_infos(registry, policy_file, fingerprints, digests)
+        _declare_certificates(registry, certificates or {})
 
     def count_tokens(self, phase: Phase, tokens: int) -> None:
         """Count tokens that passed through the hooks."""
@@ -230,6 +233,19 @@ def _declare_infos(
     )
     for name, sae in policy_file.saes.items():
         saes.labels(name, str(sae.hook_point), digests[name]).set(1)
+
+
+def _declare_certificates(
+    registry: CollectorRegistry, certificates: Mapping[str, str]
+) -> None:
+    certified = _declare_info(
+        registry,
+        "guard_certificate_info",
+        "Policies that have a certificate, and which.",
+        ["policy", "certificate"],
+    )
+    for name, found in certificates.items():
+        certified.labels(name, found).set(1)
 
 
 def _declare_info(

@@ -277,6 +277,9 @@ class Policy(_Frozen):
     """Applied in this order, all to the activations of the untouched stream."""
     monitors: Annotated[tuple[Monitor, ...], Field(max_length=MAX_MONITORS)] = ()
     """Thresholds are set jointly; the worst action is taken."""
+    certificate: FilePath | None = None
+    """What `guard certify` found out about it; relative to the policy file. Refused
+    where it was issued for another policy."""
 
     @model_validator(mode="after")
     def _check_entries(self) -> Self:

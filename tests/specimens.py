@@ -108,6 +108,7 @@ def make_entry(policy_file: PolicyFile, monitor: Monitor, **values: Any) -> Entr
         "hook_point": policy_file.hook_point(monitor),
         "stage": monitor.stage,
         "window": monitor.window,
+        "drift": monitor.drift,
         "statistics": {},
         "sae_sha256": policy_file.saes[str(monitor.sae)].sha256 if needs_sae else None,
     }

@@ -206,7 +206,7 @@ def test_a_position_counts_once_however_often_it_is_computed(
 def judge_plainly(
     scores: list[float], monitor: MonitorRule, threshold: float, prompt_length: int
 ) -> tuple[float, int | None, int | None]:
-    """Return the largest window mean, where it is, and where the first alarm is."""
+    """Return the largest mean or sum, where it is, and where the first alarm is."""
     stages = ["prompt" if i < prompt_length else "output" for i in range(len(scores))]
     positions = [
         i
@@ -218,13 +218,20 @@ def judge_plainly(
         and (i > 0 or scores[i] != EXEMPT)
     ]
     largest, where, alarm = -math.inf, None, None
+    total = 0.0
     for number, position in enumerate(positions):
+        score = scores[position]
+        if not math.isfinite(score) or score == EXEMPT:
+            score = math.inf
+        total = max(0.0, total + score - (monitor.drift or 0.0))
         window = positions[max(0, number + 1 - monitor.window) : number + 1]
         values = [scores[i] for i in window]
         if all(math.isfinite(value) and value != EXEMPT for value in values):
             mean = float(np.float32(sum(values) / len(values)))
         else:
             mean = math.inf
+        if monitor.drift is not None:
+            mean = float(np.float32(total))
         if mean > largest:
             largest, where = mean, position
         if alarm is None and (mean > np.float32(threshold) or mean == math.inf):
@@ -235,6 +242,10 @@ def judge_plainly(
 USUAL = st.floats(-8, 8, width=32)
 SICK = st.sampled_from([*POISON, EXEMPT])
 CHUNKS = st.sampled_from([1, 1, 2, 3, 7])
+WAYS = [{"window": width} for width in (1, 2, 3, 5, 64)] + [
+    {"drift": 0.5},
+    {"drift": 3},
+]
 
 
 @st.composite
@@ -245,7 +256,7 @@ def requests(draw: st.DrawFn) -> tuple[Policy, list[float], np.ndarray, int]:
         make_monitor(
             f"m{i}",
             stage=draw(st.sampled_from([None, "prompt", "last_prompt", "output"])),
-            window=draw(st.sampled_from([1, 2, 3, 5, 64])),
+            **draw(st.sampled_from(WAYS)),
             on_alarm=draw(st.sampled_from(["flag", "block"])),
         )
         for i in range(count)
@@ -267,7 +278,7 @@ def requests(draw: st.DrawFn) -> tuple[Policy, list[float], np.ndarray, int]:
 
 @settings(max_examples=400)
 @given(request=requests(), data=st.data())
-def test_a_watch_sees_window_means_whatever_the_pieces_a_request_comes_in(
+def test_a_watch_sees_means_and_sums_whatever_the_pieces_a_request_comes_in(
     request: tuple[Policy, list[float], np.ndarray, int], data: st.DataObject
 ) -> None:
     policy, thresholds, scores, prompt_length = request
@@ -475,6 +486,20 @@ def test_summing_up_takes_the_largest_mean_of_the_right_part() -> None:
     assert sum_up(scores, monitor, prompt_length=6) == -math.inf
     scores[1] = math.nan
     assert sum_up(scores, make_monitor(window=2), prompt_length=3) == math.inf
+
+
+def test_weak_evidence_adds_up_and_a_pause_takes_it_off_again() -> None:
+    monitor = make_monitor(drift=1.0)
+
+    def total(*scores: float) -> float:
+        return sum_up(np.array(scores, np.float32), monitor, prompt_length=1)
+
+    assert total(2, 2, 2) == 3.0
+    assert total(2, 0, 0, 0, 2) == 1.0
+    assert total(0.5, 0.5, 0.5) == 0.0
+    assert total(2, math.nan, 0) == math.inf
+    watch = in_pieces(watch_one(drift=1.0), [1.5, 1.5, 0.5, 1.75, 9.0], 1, 1, 1, 1, 1)
+    assert watch.block_position == 3
 
 
 def test_a_reading_above_its_threshold_has_a_ratio_above_one() -> None:

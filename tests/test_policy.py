@@ -301,6 +301,8 @@ FAULTS = [
     ("score: density,", "score: density, window: 0,", f"18: {MONITOR0}.window: 0 should be greater than or equal to 1"),
     ("score: density,", "score: density, window: 65,", f"18: {MONITOR0}.window: 65 should be less than or equal to 64"),
     ("score: density,", "score: density, window: 1.5,", f"18: {MONITOR0}.window: 1.5 should be a valid integer"),
+    ("score: density,", "score: density, drift: 0,", f"18: {MONITOR0}.drift: 0 should be greater than 0"),
+    ("score: density,", "score: density, drift: 1, window: 2,", f"18: {MONITOR0}.drift: goes without a window; leave one of them out"),
     ("score: density,", "score: density, windw: 2,", f"18: {MONITOR0}.windw: unknown key; did you mean 'window'?"),
     ("sae: l12, score: density", "sae: l12, score: density, target: 2", f"18: {MONITOR0}.target: unknown key; did you mean 'target_fpr'?"),
     ("on_alarm: block}", "on_alarm: block}\n      - {name: Recovery, sae: l12, score: error_norm, calibration: c, target_fpr: 0.01, on_alarm: flag}", "20: policies.default.monitors[1].name: 'recovery' is already the name of another"),

@@ -240,8 +240,8 @@ def _spare_pairs(harmful: bool) -> dict[str, list[tuple[str, str]]]:
         if pair not in used and (pair in same_row) == harmful
     ]
     random.Random(GRAMMAR_SEED).shuffle(spare)
-    half = len(spare) if harmful else len(spare) // 2
-    return {"train": spare[:half], "calibration": spare[half:]}
+    trained = len(spare) if harmful else len(spare) * 5 // 6
+    return {"train": spare[:trained], "calibration": spare[trained:]}
 
 
 @functools.cache

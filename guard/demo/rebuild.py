@@ -47,6 +47,7 @@ from guard.demo.traffic import (
 )
 from guard.demo.train import Recipe, save_model, train_model
 from guard.errors import GuardError
+from guard.hook import HookPoint
 from guard.sae.load import save_sae, weights_digest
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ saes:
 policies:
   default:
     mode: enforce
-    # As many as a window of `content` is wide: its first alarm still stops the text.
-    hold_tokens: 4
+    # More than half of an answer: what is only clear from its steps is still stopped.
+    hold_tokens: 8
     clamps:
       - {{name: jailbreak, sae: {name}, latents: {latents}, law: ablate}}
     monitors:
@@ -102,16 +103,21 @@ _MONITORS = """\
       # What an answer that the clamp should have stopped looks like where it begins.
       - {{name: intent, hook_point: layers.5.resid_post, score: density,
          stage: last_prompt, calibration: calib/default.safetensors,
-         target_fpr: 0.004, on_alarm: {action}}}
+         target_fpr: 0.002, on_alarm: {action}}}
       - {{name: recovery, hook_point: {hook_point}, score: density,
          stage: last_prompt, calibration: calib/default.safetensors,
-         target_fpr: 0.002, on_alarm: {action}}}
+         target_fpr: 0.001, on_alarm: {action}}}
       - {{name: innovation, sae: {name}, score: error, stage: prompt,
-         calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: {action}}}
-      # At the clamped layer: what an edit of the prompt behind it cannot move.
+         calibration: calib/default.safetensors, target_fpr: 0.001, on_alarm: {action}}}
+      # What such an answer looks like as it is written, at the clamped layer: no edit
+      # of the prompt behind the clamp moves that. Evidence adds up over tokens.
       - {{name: content, hook_point: {hook_point}, score: probe,
-         probe: probes/content.safetensors, stage: output, window: 4,
-         calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: {action}}}
+         probe: probes/content.safetensors, stage: output, drift: 0.7,
+         calibration: calib/default.safetensors, target_fpr: 0.003, on_alarm: {action}}}
+      # The same before that layer: no edit behind the clamp moves that at all.
+      - {{name: wording, hook_point: {before}, score: probe,
+         probe: probes/wording.safetensors, stage: output, drift: 0.7,
+         calibration: calib/default.safetensors, target_fpr: 0.003, on_alarm: {action}}}
       - {{name: error, sae: {name}, score: error_norm,
          calibration: calib/default.safetensors, target_fpr: 0.01, on_alarm: flag}}
       - {{name: left, sae: {name}, score: clamp_residual,
@@ -274,8 +280,11 @@ def policy_text(
     name: str, *, hook_point: str, sha256: str, latents: Sequence[int]
 ) -> str:
     """Return the policy file of an organism whose SAE is called `name`."""
+    layer = HookPoint.parse(hook_point).layer
     monitors = {
-        action: _MONITORS.format(name=name, hook_point=hook_point, action=action)
+        action: _MONITORS.format(
+            name=name, hook_point=hook_point, before=HookPoint(layer - 1), action=action
+        )
         for action in ("block", "flag")
     }
     return _POLICY.format(

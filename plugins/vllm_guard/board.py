@@ -26,6 +26,7 @@ class Board:
         fingerprints: Mapping[str, str],
         *,
         secret: bytes,
+        certificates: Mapping[str, str] | None = None,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
         """Open the desk and declare the metrics of a policy file.
@@ -34,6 +35,7 @@ class Board:
             policy_file: Whose policies are served.
             fingerprints: Of each policy, by name.
             secret: Per-start secret shared with the engine core.
+            certificates: Name of each policy that has one to the certificate's id.
             registry: Where the metrics are registered, once.
         """
         sources = policy_file.saes
@@ -42,6 +44,7 @@ class Board:
             policy_file,
             fingerprints=fingerprints,
             digests={name: source.sha256 for name, source in sources.items()},
+            certificates=certificates,
             registry=registry,
         )
         self.ready = False

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from guard.calibration import Calibration, share_budgets
+from guard.certificate import Attestation, load_certificates
 from guard.check import check_calibrations, load_calibrations
 from guard.drill import RecoveryEdit, load_edits
 from guard.errors import GuardError, PolicyError
@@ -82,6 +83,8 @@ class Context:
     columns: tuple[Column, ...]
     calibrations: dict[str, Calibration]
     """By path, as the monitors name them."""
+    certificates: dict[str, Attestation]
+    """Of those policies that have one, by name."""
     edits: dict[str, RecoveryEdit]
     """Of the drills, by name, in their order."""
     secret: bytes
@@ -179,6 +182,7 @@ def enter() -> bool:
         },
         columns=list_columns(policy_file),
         calibrations=calibrations,
+        certificates=load_certificates(policy_file) if recorder is None else {},
         edits=load_edits(policy_file),
         secret=bytes.fromhex(os.environ[SECRET_VARIABLE]),
         hook_points=tuple(map(HookPoint.parse, hook_points)),
@@ -225,6 +229,7 @@ def get_board(registry: CollectorRegistry = REGISTRY) -> "Board":
             state.policy_file,
             state.fingerprints,
             secret=state.secret,
+            certificates={name: one.id for name, one in state.certificates.items()},
             registry=registry,
         )
     return state.board

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from guard import __version__
+from guard.certificate import Attestation
 from guard.errors import EngineError
 from guard.http.desk import DRILLS_OFF, NO_ADMIN
 from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken, KeyRing
@@ -196,8 +197,13 @@ async def describe(client: Any, offer: Sequence[str]) -> dict[str, Any]:
             name: {
                 "fingerprint": state.fingerprints[name],
                 "mode": state.policy_file.policies[name].mode,
+                "certificate": _describe_certificate(state.certificates.get(name)),
             }
             for name in offer
         },
         "engines": engines,
     }
+
+
+def _describe_certificate(found: Attestation | None) -> dict[str, str] | None:
+    return None if found is None else {"id": found.id, "issued": found.issued}

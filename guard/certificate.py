@@ -1,0 +1,88 @@
+"""What a certificate says of itself, for a server that runs the certified policy.
+
+`guard certify` writes it; here only its id and whom it was issued for are read.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from guard.errors import CertificateError
+from guard.fingerprint import fingerprint
+from guard.policy import PolicyFile
+
+__all__ = ["Attestation", "certificate_id", "load_certificates", "read_certificate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """Which certificate it is, and for what."""
+
+    id: str
+    """sha256 of its content, 64 hexadecimal digits."""
+    policy_fingerprint: str
+    """Of the policy that was certified."""
+    issued: str
+    """ISO date."""
+
+
+def certificate_id(content: Mapping[str, Any]) -> str:
+    """Hash everything a certificate says, but its id.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    said = {key: value for key, value in content.items() if key != "id"}
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_certificate(path: Path) -> Attestation:
+    """Read what a certificate is for.
+
+    Raises:
+        CertificateError: It cannot be read, is none, or was changed since.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = Attestation(
+            id=content["id"],
+            policy_fingerprint=content["subject"]["policy_fingerprint"],
+            issued=content["issued"],
+        )
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror}); expected a certificate."
+        raise CertificateError(message) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        message = f"{path}: is no certificate; expected what `guard certify` writes."
+        raise CertificateError(message) from error
+    if found.id != certificate_id(content):
+        message = f"{path}: was changed since it was issued; certify again."
+        raise CertificateError(message)
+    return found
+
+
+def load_certificates(policy_file: PolicyFile) -> dict[str, Attestation]:
+    """Read the certificates of those policies that have one, by name of the policy.
+
+    Raises:
+        CertificateError: One is damaged, or was issued for another policy.
+    """
+    certificates = {}
+    for name, policy in policy_file.policies.items():
+        if policy.certificate is None:
+            continue
+        found = read_certificate(policy.certificate)
+        wanted = fingerprint(policy_file, name)
+        if found.policy_fingerprint != wanted:
+            message = (
+                f"{policy.certificate}: was issued for policy fingerprint "
+                f"{found.policy_fingerprint[:12]}; that of {name!r} is {wanted[:12]}. "
+                "Certify it again, or leave 'certificate' out."
+            )
+            raise CertificateError(message)
+        certificates[name] = found
+    return certificates
