@@ -270,4 +270,7 @@ def _best(tokens: Tensor, judgement: Judgement) -> _Suffix:
     """Return the best of some candidates `[num, length]`."""
     columns = (~judgement.succeeded, judgement.loss, judgement.penalty, tokens)
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    return min(_Suffix(*row[:3], tuple(row[3])) for row in rows)
+    return min(
+        _Suffix(failed, loss, penalty, tuple(words))
+        for failed, loss, penalty, words in rows
+    )
