@@ -2,12 +2,13 @@
 
 All that a client can do is write. A greedy coordinate gradient search over the words of
 a suffix (arXiv 2307.15043, algorithm 1), counted in queries, with three additions: it
-begins at the best of several random suffixes, it changes more than one word at a time
-now and then, and it asks nothing twice.
+changes the best few suffixes so far, not the best one; now and then more than one word
+at a time; and it asks nothing twice.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,6 +40,8 @@ class SuffixConfig:
     gradient, at prompts that were judged before, is not counted."""
     candidates: int = 32
     """Judged per step."""
+    parents: int = 8
+    """Best suffixes so far that candidates are changes of."""
     top_k: int = 32
     """Replacements per position that the gradient proposes."""
     another: float = 0.3
@@ -204,30 +207,28 @@ class _Search:
         config = self._config
         for restart in range(1, config.restarts + 1):
             limit = config.queries * restart // config.restarts
-            current: _Suffix | None = None
+            parents: list[_Suffix] = []
             while self.queries < limit:
-                tokens = self._propose(current, limit - self.queries)
+                tokens = self._propose(parents, limit - self.queries)
                 if not len(tokens):
                     return
                 judgement = self._objective.judge(tokens, batch_size=self._batch_size)
-                found = _best(tokens, judgement)
-                current = min(current or found, found)
-                self.best = min(self.best or current, current)
+                parents = sorted([*parents, *_read(tokens, judgement)])
+                parents = parents[: config.parents]
+                self.best = min(self.best or parents[0], parents[0])
                 yield tokens, judgement
-                if not current.failed:
+                if not self.best.failed:
                     return
 
-    def _propose(self, current: _Suffix | None, most: int) -> Tensor:
+    def _propose(self, parents: Sequence[_Suffix], most: int) -> Tensor:
         """Return candidates that were not judged yet, `[num, length]`.
 
-        Changes of the current suffix that the gradient proposes; where there are no
-        more of them, and at the beginning, random ones.
+        Changes of the parents that their gradients propose; where there are no more of
+        them, and at the beginning, random ones.
         """
         config = self._config
         chosen: list[list[int]] = []
-        draws = [self._draw]
-        if current is not None:
-            draws.insert(0, self._changes(current))
+        draws = [self._changes(parents), self._draw] if parents else [self._draw]
         for draw in draws:
             for _ in range(_PATIENCE * config.candidates):
                 if len(chosen) == min(config.candidates, most):
@@ -242,22 +243,24 @@ class _Search:
         """Return a random suffix."""
         return self._pick(self._allowed, self._config.length)
 
-    def _changes(self, current: _Suffix) -> Callable[[], list[int]]:
-        """Return what draws a change of a suffix, as its gradient proposes."""
+    def _changes(self, parents: Sequence[_Suffix]) -> Callable[[], list[int]]:
+        """Return what draws changes, of one parent after the other."""
         config = self._config
-        effect = self._objective.differentiate(torch.tensor([current.tokens]))[0]
-        effect = effect[:, self._allowed]
+        tokens = torch.tensor([parent.tokens for parent in parents])
+        effect = self._objective.differentiate(tokens)[:, :, self._allowed]
         count = min(config.top_k, len(self._allowed))
-        best = self._allowed[effect.topk(count, dim=1, largest=False).indices]
+        best = self._allowed[effect.topk(count, dim=2, largest=False).indices]
+        turns = itertools.cycle(zip(tokens.tolist(), best, strict=True))
 
         def draw() -> list[int]:
-            tokens = list(current.tokens)
-            order = torch.randperm(len(tokens), generator=self._generator).tolist()
+            parent, replacements = next(turns)
+            changed = list(parent)
+            order = torch.randperm(len(changed), generator=self._generator).tolist()
             for position in order:
-                (tokens[position],) = self._pick(best[position], 1)
+                (changed[position],) = self._pick(replacements[position], 1)
                 if torch.rand((), generator=self._generator) >= config.another:
                     break
-            return tokens
+            return changed
 
         return draw
 
@@ -266,11 +269,11 @@ class _Search:
         return tokens[drawn].tolist()
 
 
-def _best(tokens: Tensor, judgement: Judgement) -> _Suffix:
-    """Return the best of some candidates `[num, length]`."""
+def _read(tokens: Tensor, judgement: Judgement) -> list[_Suffix]:
+    """Return candidates `[num, length]` with what came of them."""
     columns = (~judgement.succeeded, judgement.loss, judgement.penalty, tokens)
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    return min(
+    return [
         _Suffix(failed, loss, penalty, tuple(words))
         for failed, loss, penalty, words in rows
-    )
+    ]
