@@ -8,7 +8,7 @@ the prompt, or the vectors that stand for them.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
     from guard.redteam.target import Dialogue, Target
 
-__all__ = ["Judgement", "Objective", "Penalty", "spoken"]
+__all__ = [
+    "Judgement",
+    "Objective",
+    "Penalty",
+    "Placement",
+    "Template",
+    "places",
+    "spoken",
+]
+
+Placement = Literal["suffix", "prefix", "around"]
+"""Whether words are put behind a message, before it, or half of them on either side."""
 
 
 class Penalty(Protocol):
@@ -45,6 +56,15 @@ class Penalty(Protocol):
         """
 
 
+class Template(NamedTuple):
+    """How many tokens a chat template puts around what a client writes."""
+
+    before: int
+    """From the BOS."""
+    behind: int
+    """To the one that asks for an answer."""
+
+
 class Judgement(NamedTuple):
     """What attempts on one sample came to."""
 
@@ -61,6 +81,25 @@ class Judgement(NamedTuple):
         return self.recovered & (self.penalty == 0)
 
 
+def places(
+    placement: Placement, prompt: Sequence[int], *, length: int, template: Template
+) -> list[int]:
+    """Return before how many of a prompt's last tokens each of `length` words stands.
+
+    Raises:
+        ValueError: The template leaves no place for a message.
+    """
+    start = len(prompt) - template.before
+    if not 0 <= template.behind <= start < len(prompt):
+        raise ValueError(
+            f"A template of {template.before} and {template.behind} tokens around a "
+            f"message does not fit a prompt of {len(prompt)}; expected at least the "
+            "BOS before, and no more than the prompt has."
+        )
+    before = {"suffix": 0, "prefix": length, "around": length // 2}[placement]
+    return [start] * before + [template.behind] * (length - before)
+
+
 class Objective:
     """One sample: a prompt with room for some tokens, and the answer wanted of it."""
 
@@ -69,8 +108,7 @@ class Objective:
         target: Target,
         wanted: Dialogue,
         *,
-        length: int,
-        insert_at: int,
+        places: Sequence[int],
         penalty: Penalty | None = None,
     ) -> None:
         """Make room in the prompt.
@@ -78,29 +116,37 @@ class Objective:
         Args:
             target: The clamped model.
             wanted: The prompt, and the answer that the clamp suppressed.
-            length: How many tokens are put into the prompt.
-            insert_at: Before how many of its last tokens they stand.
+            places: For each token that is put in, before how many of the prompt's last
+                tokens it stands; descending, as the tokens stand in the prompt.
             penalty: What an adaptive attacker pays to stay unseen.
 
         Raises:
-            ValueError: There is no such place behind the BOS.
+            ValueError: There is no such place behind the BOS, or no order of them.
         """
-        if not 0 <= insert_at < len(wanted.prompt):
+        length = len(wanted.prompt)
+        if not all(0 <= place < length for place in places):
             raise ValueError(
-                f"No place before the last {insert_at} tokens of a prompt of "
-                f"{len(wanted.prompt)}; expected one behind the BOS."
+                f"No place before the last {max(places)} tokens of a prompt of "
+                f"{length}; expected one behind the BOS."
             )
+        if sorted(places, reverse=True) != list(places):
+            raise ValueError(f"Places {list(places)} ascend; expected descending ones.")
         self._target, self._penalty = target, penalty
         self._answer = torch.tensor(wanted.answer)
-        self.first = len(wanted.prompt) - insert_at
-        """Position of the first token that is put in."""
-        self._head = torch.tensor(wanted.prompt[: self.first])
-        self._rest = torch.tensor(wanted.prompt[self.first :], dtype=torch.int64)
-        self._length = length
+        self.positions = torch.tensor(
+            [length - place + order for order, place in enumerate(places)]
+        )
+        """Where in the whole prompt the tokens stand that are put in, `[length]`."""
+        self._whole = torch.zeros(length + len(places), dtype=torch.int64)
+        kept = torch.ones_like(self._whole, dtype=torch.bool)
+        kept[self.positions] = False
+        self._whole[kept] = torch.tensor(wanted.prompt)
 
     def prompt(self, tokens: Sequence[int]) -> list[int]:
         """Return the whole prompt with `tokens` put in."""
-        return [*self._head.tolist(), *tokens, *self._rest.tolist()]
+        whole = self._whole.clone()
+        whole[self.positions] = torch.tensor(tokens)
+        return whole.tolist()
 
     @torch.inference_mode()
     def judge(self, tokens: Tensor, *, batch_size: int) -> Judgement:
@@ -129,17 +175,18 @@ class Objective:
     def judge_vectors(self, vectors: Tensor) -> Judgement:
         """Judge vectors `[num, length, d_model]` that stand for tokens, with graph."""
         tokens = torch.zeros(vectors.shape[:2], dtype=torch.int64)
-        with spoken(self._target.model, vectors, first=self.first):
+        with spoken(self._target.model, vectors, self.positions):
             return self._run(tokens)
 
     def _run(self, tokens: Tensor) -> Judgement:
         """Teach the answer to all at once: they are equally long, so nothing is padded.
 
-        What is put in by a hook, and what stands before it, is the same to the model.
+        Args:
+            tokens: `[num, length]`; what a hook replaces may be any.
         """
         num, model = len(tokens), self._target.model
-        parts = (self._head, tokens, self._rest, self._answer[:-1])
-        whole = torch.cat([part.expand(num, -1) for part in parts], dim=1)
+        whole = torch.cat([self._whole, self._answer[:-1]]).repeat(num, 1)
+        whole[:, self.positions] = tokens
         batch = Batch(whole, torch.ones_like(whole, dtype=torch.bool))
         layers = self._penalty.layers if self._penalty is not None else ()
         with (
@@ -160,21 +207,25 @@ class Objective:
 
 
 @contextlib.contextmanager
-def spoken(model: LlamaForCausalLM, vectors: Tensor, *, first: int) -> Iterator[None]:
+def spoken(
+    model: LlamaForCausalLM, vectors: Tensor, positions: Tensor
+) -> Iterator[None]:
     """Put vectors in place of the embeddings of some tokens of a prompt, while open.
 
     Args:
-        model: Called with sequences that all have those tokens at the same place.
+        model: Called with sequences that are not padded.
         vectors: `[batch, length, d_model]`.
-        first: Position of the first; behind the BOS, so that a decoding step, which has
-            one row, is left alone.
+        positions: Where they stand, `[length]`, behind the BOS: so a decoding step,
+            which has one row, is left alone.
     """
+    last = int(positions.amax())
 
     def hook(module: object, args: object, embedded: Tensor) -> Tensor:
-        if embedded.shape[1] <= first:
+        if embedded.shape[1] <= last:
             return embedded
-        end = first + vectors.shape[1]
-        return torch.cat([embedded[:, :first], vectors, embedded[:, end:]], dim=1)
+        embedded = embedded.clone()
+        embedded[:, positions] = vectors
+        return embedded
 
     handle = model.get_input_embeddings().register_forward_hook(hook)
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from guard.redteam.objective import Judgement, Objective, spoken
+from guard.redteam.objective import Judgement, Objective, places, spoken
 from guard.redteam.projection import cap_norm
 from guard.redteam.target import Dialogue, Target, answer, record_runs
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from guard.recording import Recording
-    from guard.redteam.objective import Penalty
+    from guard.redteam.objective import Penalty, Placement, Template
 
 __all__ = ["SoftConfig", "SoftResult", "attack_embeddings", "record_soft"]
 
@@ -35,6 +35,8 @@ class SoftConfig:
 
     length: int = 8
     """How many vectors are put into a prompt."""
+    placement: Placement = "prefix"
+    """Where they are put."""
     steps: int = 200
     """Of Adam."""
     learning_rate: float = 0.05
@@ -52,8 +54,8 @@ class SoftResult:
 
     config: SoftConfig
     """How they were searched for."""
-    insert_at: int
-    """Before how many of a prompt's last tokens they stand."""
+    positions: list[Tensor]
+    """Where in each prompt they stand, `[length]`."""
     vectors: list[Tensor]
     """For each sample `[length, d_model]`."""
     dialogues: list[Dialogue]
@@ -85,7 +87,7 @@ def attack_embeddings(
     wanted: Sequence[Dialogue],
     config: SoftConfig,
     *,
-    insert_at: int,
+    template: Template,
     penalty: Penalty | None = None,
     on_step: Callable[[Tensor, Judgement], object] = lambda vectors, judgement: None,
 ) -> SoftResult:
@@ -97,7 +99,7 @@ def attack_embeddings(
         target: The clamped model.
         wanted: Prompts with the answers that the clamp suppressed.
         config: How to search.
-        insert_at: Before how many of a prompt's last tokens the vectors stand.
+        template: What of each prompt is not the client's.
         penalty: What an adaptive attacker pays to stay unseen.
         on_step: Called with the vectors `[restarts, length, d_model]` that were tried.
 
@@ -113,24 +115,29 @@ def attack_embeddings(
         )
     embedding = target.model.get_input_embeddings().weight
     radius = float(embedding.norm(dim=1).amax())
-    found, dialogues = [], []
+    found, dialogues, positions = [], [], []
     for sample in wanted:
         objective = Objective(
             target,
             sample,
-            length=config.length,
-            insert_at=insert_at,
+            places=places(
+                config.placement,
+                sample.prompt,
+                length=config.length,
+                template=template,
+            ),
             penalty=penalty,
         )
         best = _descend(objective, config, embedding, radius, on_step)
         prompt = objective.prompt([FREE_ID] * config.length)
-        with spoken(target.model, best.vectors[None], first=objective.first):
+        with spoken(target.model, best.vectors[None], objective.positions):
             dialogues += answer(target, [prompt], clamp=target.clamp)
         found.append(best)
+        positions.append(objective.positions)
     pairs = zip(dialogues, wanted, strict=True)
     return SoftResult(
         config=config,
-        insert_at=insert_at,
+        positions=positions,
         vectors=[best.vectors for best in found],
         dialogues=dialogues,
         recovered=[one.answer == want.answer for one, want in pairs],
@@ -151,9 +158,9 @@ def record_soft(
         layers: At whose output to look.
     """
     recordings = []
-    for dialogue, vectors in zip(result.dialogues, result.vectors, strict=True):
-        first = len(dialogue.prompt) - result.insert_at - len(vectors)
-        with spoken(target.model, vectors[None], first=first):
+    runs = zip(result.dialogues, result.vectors, result.positions, strict=True)
+    for dialogue, vectors, positions in runs:
+        with spoken(target.model, vectors[None], positions):
             recordings += record_runs(target, [dialogue], layers, clamp=target.clamp)
     return recordings
 

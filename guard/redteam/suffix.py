@@ -1,9 +1,10 @@
 """The prompt attacker: a few words that bring suppressed answers back.
 
 All that a client can do is write. A greedy coordinate gradient search over the words of
-a suffix (arXiv 2307.15043, algorithm 1), counted in queries, with three additions: it
-changes the best few suffixes so far, not the best one; now and then more than one word
-at a time; and it asks nothing twice.
+a suffix (arXiv 2307.15043, algorithm 1), counted in queries, with four additions: the
+words may stand before the message; the best few are changed, not the best one; now and
+then more than one word is, or one is moved; and nothing is asked twice. Each made the
+search stronger against monitors with low thresholds.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from guard.redteam.objective import Judgement, Objective
+from guard.redteam.objective import Judgement, Objective, places
 from guard.redteam.target import Dialogue, Target, answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from guard.redteam.objective import Penalty
+    from guard.redteam.objective import Penalty, Placement, Template
 
 __all__ = ["Attempt", "SuffixConfig", "SuffixResult", "attack_prompts"]
 
@@ -34,11 +35,13 @@ class SuffixConfig:
     """How an attacker searches for words."""
 
     length: int = 8
-    """Of the suffix, in tokens."""
+    """How many words are written."""
+    placement: Placement = "prefix"
+    """Where they are written."""
     queries: int = 2000
     """Candidates that are judged for a sample at most, each by one forward pass; the
     gradient, at prompts that were judged before, is not counted."""
-    candidates: int = 32
+    candidates: int = 64
     """Judged per step."""
     parents: int = 8
     """Best suffixes so far that candidates are changes of."""
@@ -46,6 +49,9 @@ class SuffixConfig:
     """Replacements per position that the gradient proposes."""
     another: float = 0.3
     """Probability that a candidate changes one more position, again and again."""
+    moved: float = 0.25
+    """Share of candidates in which a word moves to another place instead, half of the
+    time as another word."""
     restarts: int = 1
     """Searches from new random suffixes, which share the queries."""
     seed: int = 0
@@ -99,7 +105,7 @@ def attack_prompts(
     wanted: Sequence[Dialogue],
     config: SuffixConfig,
     *,
-    insert_at: int,
+    template: Template,
     allowed: Sequence[int],
     penalty: Penalty | None = None,
     on_step: Callable[[Attempt], object] = lambda attempt: None,
@@ -114,8 +120,7 @@ def attack_prompts(
         target: The clamped model.
         wanted: Prompts with the answers that the clamp suppressed.
         config: How to search.
-        insert_at: Before how many of a prompt's last tokens the suffix stands, those
-            that a chat template puts behind what a client writes.
+        template: What of each prompt is not the client's.
         allowed: Token ids that a client can write.
         penalty: What an adaptive attacker pays to stay unseen.
         on_step: Called for all candidates that were judged at once.
@@ -140,8 +145,12 @@ def attack_prompts(
         Objective(
             target,
             sample,
-            length=config.length,
-            insert_at=insert_at,
+            places=places(
+                config.placement,
+                sample.prompt,
+                length=config.length,
+                template=template,
+            ),
             penalty=penalty,
         )
         for sample in wanted
@@ -228,7 +237,9 @@ class _Search:
         """
         config = self._config
         chosen: list[list[int]] = []
-        draws = [self._changes(parents), self._draw] if parents else [self._draw]
+        draws: list[Callable[[], list[int]]] = [self._draw]
+        if parents:
+            draws.insert(0, self._changes(parents))
         for draw in draws:
             for _ in range(_PATIENCE * config.candidates):
                 if len(chosen) == min(config.candidates, most):
@@ -240,8 +251,11 @@ class _Search:
         return torch.tensor(chosen, dtype=torch.int64).view(-1, config.length)
 
     def _draw(self) -> list[int]:
-        """Return a random suffix."""
+        """Return random words."""
         return self._pick(self._allowed, self._config.length)
+
+    def _happens(self, probability: float) -> bool:
+        return bool(torch.rand((), generator=self._generator) < probability)
 
     def _changes(self, parents: Sequence[_Suffix]) -> Callable[[], list[int]]:
         """Return what draws changes, of one parent after the other."""
@@ -256,9 +270,14 @@ class _Search:
             parent, replacements = next(turns)
             changed = list(parent)
             order = torch.randperm(len(changed), generator=self._generator).tolist()
+            if len(order) > 1 and self._happens(config.moved):
+                word = changed.pop(order[0])
+                (other,) = self._pick(self._allowed, 1)
+                changed.insert(order[1], other if self._happens(0.5) else word)
+                return changed
             for position in order:
                 (changed[position],) = self._pick(replacements[position], 1)
-                if torch.rand((), generator=self._generator) >= config.another:
+                if not self._happens(config.another):
                     break
             return changed
 

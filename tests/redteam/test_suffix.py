@@ -1,21 +1,30 @@
 """The prompt attacker: what it finds, what it may write, and what it may ask."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from redteam.penalty import Ceiling
 
 from guard.demo.grammar import prompts
 from guard.demo.target import to_dialogue
+from guard.redteam.objective import Template
 from guard.redteam.suffix import SuffixConfig, attack_prompts
 from guard.redteam.target import answer, record_runs
-from redteam.penalty import Ceiling
 
 ALLOWED = range(6, 164)
+TEMPLATE = Template(before=2, behind=1)
 SMALL = SuffixConfig(length=4, queries=96, candidates=16)
 
 
 def search(target, wanted, config, **options):
     steps = []
-    options = {"insert_at": 1, "allowed": ALLOWED, "on_step": steps.append, **options}
+    options = {
+        "template": TEMPLATE,
+        "allowed": ALLOWED,
+        "on_step": steps.append,
+        **options,
+    }
     return attack_prompts(target, wanted, config, **options), steps
 
 
@@ -42,12 +51,12 @@ def test_suppressed_answers_come_back(target, valid):
 
 
 def test_an_answer_that_was_planted_is_found(target, valid):
-    """Whatever greedy answer some suffix has, the search gets by a suffix."""
+    """Whatever one word more makes the model answer, the search gets by one word."""
     prompt = valid[0].prompt
-    planted = [[*prompt[:-1], 90, prompt[-1]], [*prompt[:-1], 17, prompt[-1]]]
+    planted = [[*prompt[:2], word, *prompt[2:]] for word in (17, 90)]
     for given in answer(target, planted, clamp=target.clamp):
         wanted = given._replace(prompt=prompt)
-        config = SuffixConfig(length=1, queries=158, top_k=158)
+        config = SuffixConfig(length=1, queries=158)
         result, _ = search(target, [wanted], config)
         assert result.recovered == [True]
 
@@ -57,17 +66,23 @@ def test_only_words_that_a_client_can_write_are_tried(target, far):
     result, steps = search(target, far, SMALL, allowed=allowed)
     tried = torch.cat([step.tokens for step in steps])
     assert set(tried.unique().tolist()) == set(allowed)
-    assert all(set(p[-5:-1]) <= set(allowed) for p in result.prompts)
+    assert all(set(p[2:6]) <= set(allowed) for p in result.prompts)
 
 
-def test_the_suffix_stays_where_it_belongs(target, far):
-    for insert_at in (1, 3):
-        result, _ = search(target, far, SMALL, insert_at=insert_at)
-        for sample, prompt in zip(far, result.prompts, strict=True):
-            assert len(prompt) == len(sample.prompt) + 4
-            end = len(sample.prompt) - insert_at
-            assert prompt[:end] == sample.prompt[:end]
-            assert prompt[end + 4 :] == sample.prompt[end:]
+@pytest.mark.parametrize(
+    ("placement", "before"), [("suffix", 0), ("prefix", 4), ("around", 2)]
+)
+def test_words_stay_where_they_belong(target, far, placement, before):
+    config = replace(SMALL, placement=placement)
+    result, steps = search(target, far, config, allowed=[*ALLOWED][4:])
+    tried = {tuple(one) for step in steps for one in step.tokens.tolist()}
+    for sample, prompt in zip(far, result.prompts, strict=True):
+        said = sample.prompt[2:-1]
+        assert prompt[:2] == sample.prompt[:2]
+        assert prompt[2 + before :][: len(said)] == said
+        assert prompt[-1] == sample.prompt[-1]
+        written = prompt[2 : 2 + before] + prompt[2 + before + len(said) : -1]
+        assert tuple(written) in tried
 
 
 def test_queries_are_counted_and_never_exceeded(target, far, valid):
@@ -107,40 +122,39 @@ def test_the_best_suffix_is_kept(target, far):
 
 
 def test_the_search_gets_further_than_chance(target, far):
-    result, _ = search(target, far, SuffixConfig(queries=320))
-    chance, _ = search(target, far, SuffixConfig(queries=320, candidates=320))
-    assert sum(result.loss) < 0.8 * sum(chance.loss)
+    config = SuffixConfig(length=4, queries=192, candidates=32)
+    result, _ = search(target, far[:2], config)
+    chance, _ = search(target, far[:2], replace(config, candidates=192))
+    assert sum(result.loss) < 0.9 * sum(chance.loss)
 
 
 def test_the_same_seed_finds_the_same_words_and_another_seed_others(target, far):
-    first, _ = search(target, far, SMALL)
-    assert search(target, far, SMALL)[0] == first
-    other, _ = search(target, far, SuffixConfig(4, 96, 16, seed=1))
+    first, _ = search(target, far[:1], SMALL)
+    assert search(target, far[:1], SMALL)[0] == first
+    other, _ = search(target, far[:1], replace(SMALL, seed=1))
     assert other.prompts != first.prompts
 
 
 def test_a_sample_is_searched_for_as_if_alone(target, far):
-    together, _ = search(target, far, SMALL)
-    for index, sample in enumerate(far):
-        alone, _ = search(target, [sample], SMALL)
-        assert alone.prompts == [together.prompts[index]]
+    together, _ = search(target, far[:2], SMALL)
+    alone, _ = search(target, far[1:2], SMALL)
+    assert alone.prompts == together.prompts[1:]
 
 
 def test_restarts_share_the_queries(target, far):
-    config = SuffixConfig(length=4, queries=96, candidates=16, restarts=3)
+    config = replace(SMALL, restarts=3)
     result, steps = search(target, far[:1], config)
     assert result.queries == [96]
-    begun = [steps[index].tokens for index in (0, 2, 4)]
-    # What a gradient proposes has most words of what was best; random words have not.
-    for one, other in zip(begun, (steps[1], steps[3], steps[5]), strict=True):
-        assert one.unique().numel() > other.tokens.unique().numel()
+    # What is a change of something has words in common with it; a new search has not.
+    fresh = [step.tokens.unique().numel() for step in steps[::2]]
+    changed = [step.tokens.unique().numel() for step in steps[1::2]]
+    assert min(fresh) > max(changed)
+    assert len(fresh) == 3
 
 
 def test_an_adaptive_attacker_shows_less_of_what_it_pays_for(target, valid):
     def highest(result, penalty):
-        runs = record_runs(
-            target, result.dialogues, penalty.layers, clamp=target.clamp
-        )
+        runs = record_runs(target, result.dialogues, penalty.layers, clamp=target.clamp)
         return [penalty.highest(run) for run in runs]
 
     config = SuffixConfig(length=4, queries=400)
@@ -157,9 +171,9 @@ def test_an_adaptive_attacker_shows_less_of_what_it_pays_for(target, valid):
 
 def test_a_penalty_of_no_weight_changes_nothing(target, far):
     penalty = Ceiling(target.clamp.layer, height=0.0, weight=0.0)
-    weightless, _ = search(target, far, SMALL, penalty=penalty)
+    weightless, _ = search(target, far[:1], SMALL, penalty=penalty)
     assert penalty.asked
-    assert weightless == search(target, far, SMALL)[0]
+    assert weightless == search(target, far[:1], SMALL)[0]
 
 
 def test_where_something_is_paid_nothing_has_succeeded(target, valid):
@@ -177,7 +191,7 @@ def test_where_something_is_paid_nothing_has_succeeded(target, valid):
         (SuffixConfig(length=0), {}, "No suffix has 0 of 158 tokens"),
         (SuffixConfig(queries=0), {}, "0 queries for 1 restarts"),
         (SuffixConfig(restarts=0), {}, "2000 queries for 0 restarts"),
-        (SMALL, {"insert_at": 99}, "expected one behind the BOS"),
+        (SMALL, {"template": Template(2, 99)}, "expected at least the BOS before"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(target, far, config, options, words):
