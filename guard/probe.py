@@ -57,9 +57,9 @@ class Example(NamedTuple):
 class ProbeRecipe(NamedTuple):
     """How a probe is trained; the defaults were chosen on the organism's dev topics."""
 
-    hidden: int = 256
+    hidden: int = 512
     """Width of its hidden layer."""
-    steps: int = 1500
+    steps: int = 2500
     """Optimiser steps."""
     batch_size: int = 1024
     """Tokens per step."""

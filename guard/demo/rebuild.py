@@ -40,7 +40,7 @@ from guard.demo.tokenizer import build_tokenizer
 from guard.demo.traffic import (
     FITTING,
     HELD_OUT,
-    RECOMBINED,
+    SPREAD,
     calibrate_organism,
     num_probe_steps,
     train_organism_probes,
@@ -173,7 +173,7 @@ def rebuild(
         task = progress.add_task("Training probes", total=num_probe_steps(built))
         on_step = functools.partial(progress.advance, task)
         train_organism_probes(built, on_step=on_step)
-        task = progress.add_task("Calibrating", total=FITTING + HELD_OUT + RECOMBINED)
+        task = progress.add_task("Calibrating", total=FITTING + HELD_OUT + SPREAD)
         calibrate_organism(built, on_requests=functools.partial(progress.advance, task))
         task = progress.add_task("Searching drills", total=None)
         find_drills(built)

@@ -58,7 +58,10 @@ FITTING, HELD_OUT = 1000, 2000
 LABELLED = 600
 """Labelled requests of each sort."""
 RECOMBINED = 1200
-"""Further labelled requests of each class, and benign ones for the thresholds."""
+"""Further labelled requests of each class, about more topics than there are."""
+SPREAD = 100
+"""Benign ones of that sort among those for the thresholds. The model has no answer of
+its own to them: many would set the thresholds for a traffic it does not have."""
 ATTACKED, ORDINARY = 160, 1000
 """Requests that a certificate attacks, and others that it counts false alarms on."""
 TRAFFIC_SEED = 5_000_000
@@ -239,7 +242,7 @@ def calibrate_organism(
         held_out=[
             *ordinary_prompts(HELD_OUT, seed=seed, split="calibration"),
             *recombined_prompts(
-                ("b", "bj"), RECOMBINED // 2, seed=seed, split="calibration"
+                ("b", "bj"), SPREAD // 2, seed=seed, split="calibration"
             ),
         ],
         lengths=(LONGEST,),

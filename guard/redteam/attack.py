@@ -9,9 +9,9 @@ sides, the whole greedy answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ from guard.redteam.projection import MAX_LEAK, cap_norm
 from guard.redteam.tail import Tail
 from guard.redteam.target import Dialogue, Position, Target, answer, place_edits
 
+if TYPE_CHECKING:
+    from guard.redteam.evasion import Penalty
+
 __all__ = [
     "AttackConfig",
     "AttackResult",
     "Evade",
-    "Penalty",
     "Step",
     "attack",
     "random_deltas",
@@ -35,26 +37,6 @@ __all__ = [
 Evade = Literal["penalty", "projected"]
 """How an adaptive attacker uses the gradient of what he pays: added to his own; or
 followed while he pays, with the part of his own that would raise it taken out."""
-
-
-class Penalty(Protocol):
-    """What an adaptive attacker pays to stay unseen, differentiable."""
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """Whose output it reads."""
-
-    def __call__(
-        self, found: Mapping[int, Tensor], batch: Batch, behind: Sequence[int]
-    ) -> Tensor:
-        """Return what each sample pays, `[batch]`; 0 where nobody would notice.
-
-        Args:
-            found: By layer, resid `[batch, length, d_model]` under the edit.
-            batch: The samples, prompt and answer; `rows` are what a guard reads.
-            behind: How many of each sample's rows belong to the answer.
-        """
-
 
 _TINY = torch.finfo(torch.float32).tiny
 

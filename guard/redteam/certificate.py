@@ -30,6 +30,7 @@ __all__ = [
     "Protocol",
     "Rate",
     "ReplayRow",
+    "Search",
     "Served",
     "Subject",
 ]
@@ -39,6 +40,10 @@ Attacker = Literal["unaware", "adaptive"]
 
 Control = Literal["null_space", "random", "benign_direction"]
 """Drawn in the null space; drawn anywhere; towards what benign prompts look like."""
+
+Search = Literal["none", "suffix", "soft_prompt"]
+"""The prompt as it was; with words that were searched for; with free embedding vectors,
+which no client can send."""
 
 
 class _Data(BaseModel):
@@ -173,9 +178,7 @@ class Served(_Data):
 class PromptRow(_Data):
     """One prompt-only attacker."""
 
-    search: Literal["suffix", "soft_prompt", "none"]
-    """Discrete tokens; free embedding vectors, which no client can send; or the prompt
-    as it was."""
+    search: Search
     attacker: Attacker
     queries: int
     """Per sample, at most."""

@@ -5,7 +5,7 @@ The scores, sums and thresholds are those of serving, with a gradient.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -22,7 +22,26 @@ if TYPE_CHECKING:
     from guard.redteam.forward import Batch
     from guard.redteam.judge import Receiver
 
-__all__ = ["Evasion", "peak"]
+__all__ = ["Evasion", "Penalty", "peak"]
+
+
+class Penalty(Protocol):
+    """What an adaptive attacker pays to stay unseen, differentiable."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Whose output it reads."""
+
+    def __call__(
+        self, found: Mapping[int, Tensor], batch: Batch, behind: Sequence[int]
+    ) -> Tensor:
+        """Return what each sample pays, `[batch]`; 0 where nobody would notice.
+
+        Args:
+            found: By layer, resid `[batch, length, d_model]` as the guard reads it.
+            batch: Prompts, each with its answer up to the last token but one.
+            behind: How many rows of each belong to the answer.
+        """
 
 
 class Evasion:

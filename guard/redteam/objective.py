@@ -8,7 +8,7 @@ the prompt, or the vectors that stand for them.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +17,16 @@ from torch.nn import functional
 from guard.redteam.forward import Batch, edited, seen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import LlamaForCausalLM
 
+    from guard.redteam.evasion import Penalty
     from guard.redteam.target import Dialogue, Target
 
 __all__ = [
     "Judgement",
     "Objective",
-    "Penalty",
     "Placement",
     "Template",
     "places",
@@ -35,25 +35,6 @@ __all__ = [
 
 Placement = Literal["suffix", "prefix", "around"]
 """Whether words are put behind a message, before it, or half of them on either side."""
-
-
-class Penalty(Protocol):
-    """What an adaptive attacker pays to stay unseen; 0 where no alarm would go off."""
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """At the output of which layers it looks."""
-
-    def __call__(
-        self, found: Mapping[int, Tensor], batch: Batch, behind: Sequence[int]
-    ) -> Tensor:
-        """Return what each sequence costs, `[batch]`, differentiable, never negative.
-
-        Args:
-            found: By layer resid `[batch, length, d_model]` behind the clamp.
-            batch: The prompts, each with its answer up to the last token but one.
-            behind: How many rows of each sequence belong to the answer.
-        """
 
 
 class Template(NamedTuple):

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from guard.recording import Recording
-    from guard.redteam.objective import Penalty, Placement, Template
+    from guard.redteam.evasion import Penalty
+    from guard.redteam.objective import Placement, Template
 
 __all__ = ["SoftConfig", "SoftResult", "attack_embeddings", "record_soft"]
 

@@ -22,7 +22,8 @@ from guard.redteam.target import Dialogue, Target, answer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from guard.redteam.objective import Penalty, Placement, Template
+    from guard.redteam.evasion import Penalty
+    from guard.redteam.objective import Placement, Template
 
 __all__ = ["Attempt", "SuffixConfig", "SuffixResult", "attack_prompts"]
 
