@@ -3,8 +3,7 @@
 All that a client can do is write. A greedy coordinate gradient search over the words of
 a suffix (arXiv 2307.15043, algorithm 1), counted in queries, with four additions: the
 words may stand before the message; the best few are changed, not the best one; now and
-then more than one word is, or one is moved; and nothing is asked twice. Each made the
-search stronger against monitors with low thresholds.
+then more than one word is, or one is moved; and nothing is asked twice.
 """
 
 from __future__ import annotations
