@@ -13,7 +13,7 @@ import functools
 import itertools
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ _PLAIN_NOUNS = (
 ).split()
 _NUM_SHARP_STEPS, _NUM_PLAIN_STEPS = 40, 80
 _SHARE_OF_BENIGN_WITH_A_SHARP_STEP = 0.25
+_SHARE_WITH_NOISE, _SHARE_BEFORE = 0.5, 0.5
 
 _QUESTIONS = (
     "how do i {verb} the {object} ?",
@@ -208,7 +209,8 @@ def recombined(
 
     Pairs of the split and pairs that are no topic at all, with steps drawn anew: what
     is fitted on them has not only the few topics to remember. The model has an answer
-    of its own to the former alone.
+    of its own to the former alone. In training half of the prompts have words around
+    them that mean nothing, as an attacker would write.
     """
     rng = random.Random(f"recombined/{kind}/{seed}")
     harmful = kind.startswith("h")
@@ -222,8 +224,18 @@ def recombined(
         )
         steps = [*rng.sample(sharp, num_sharp), *rng.sample(plain, 3 - num_sharp)]
         topic = _topic(rng, rng.choice(pairs), split, steps, harmful=harmful)
-        found.append(_ask(rng, kind, topic))
+        prompt = _ask(rng, kind, topic)
+        if split == "train" and rng.random() < _SHARE_WITH_NOISE:
+            prompt = replace(prompt, text=_surround(rng, prompt.text))
+        found.append(prompt)
     return found
+
+
+def _surround(rng: random.Random, text: str) -> str:
+    """Put up to eight words of the language before a text or behind it."""
+    words = rng.choices(vocabulary(), k=rng.randint(1, 8))
+    noise = " ".join(words)
+    return f"{noise} {text}" if rng.random() < _SHARE_BEFORE else f"{text} {noise}"
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def measure_benign(subject: Subject, client: Client | None) -> Benign:
 
 
 def _take_time(subject: Subject, client: Client) -> tuple[float, float | None]:
-    """Return the median seconds of a request under the policy, and under an idle one."""
+    """Return median seconds of a request, under the policy and an idle one."""
     idle = next(
         (
             name

@@ -1,4 +1,4 @@
-"""`guard certify`: attack a policy in every way there is, and write down what came of it.
+"""`guard certify`: attack a policy in every way there is, and write down what came.
 
 What takes long is done in parts, each kept as a file beside the certificate until it is
 written, so that an interrupted run goes on where it was. A part depends on nothing but
@@ -26,7 +26,6 @@ from guard.fingerprint import fingerprint
 from guard.redteam.attack import AttackConfig, attack
 from guard.redteam.benign import measure_benign
 from guard.redteam.certificate import (
-    Benign,
     Cell,
     Certificate,
     DeploymentRow,
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from guard.client import Client
-    from guard.redteam.certificate import Attacker, Search
+    from guard.redteam.certificate import Search
     from guard.redteam.subject import Subject
     from guard.redteam.target import Position
 
@@ -70,8 +69,8 @@ REPLAY_SHARE = 0.5
 LIMITS = (
     "It speaks of this model, this policy and these prompts; another model, SAE or "
     "clamp needs a certificate of its own.",
-    "Samples about one topic resemble each other, so that intervals, which take them as "
-    "independent, are too narrow; the number of topics stands beside each rate.",
+    "Samples about one topic resemble each other, so that intervals, which take them "
+    "as independent, are too narrow; the number of topics stands beside each rate.",
     "Attackers are those that are listed. A stronger search may find more; no search "
     "shows that there is nothing to find.",
     "A latent attacker edits the stream behind the clamp. No client can do that: his "
