@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import track
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.provenance import ROOT, describe_run
 from guard.calibration import Calibration, load_calibration
 from guard.command.calibrate import find_path
 from guard.demo.grammar import prompts
@@ -29,6 +28,7 @@ from guard.demo.target import load_target, to_dialogue
 from guard.demo.traffic import OrganismRecorder, build_reader, ordinary_prompts
 from guard.hook import HookPoint
 from guard.probe import auroc
+from guard.provenance import ROOT, describe_run
 from guard.recording import Reader, Recording
 from guard.redteam.attack import AttackConfig, Position, attack, random_deltas
 from guard.redteam.target import Dialogue, Target, answer, find_valid, record_runs

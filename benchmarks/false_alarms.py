@@ -24,7 +24,6 @@ import yaml
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.provenance import ROOT, describe_run
 from guard.calibration import (
     Calibration,
     as_written,
@@ -36,6 +35,7 @@ from guard.demo.measure import ORGANISM
 from guard.demo.traffic import OrganismRecorder, build_reader, ordinary_prompts
 from guard.policy import Policy, load_policy
 from guard.prompt import Prompt
+from guard.provenance import ROOT, describe_run
 from guard.sae.load import weights_digest
 from guard.testing import TOY_WORDS, make_toy_model, save_toy_sae
 

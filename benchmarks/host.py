@@ -29,10 +29,10 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm_guard import admission, context, engine, outputs, runner_v1
 from vllm_guard.rows import SLOT_KEY, StepRows
 
-from benchmarks.provenance import ROOT, describe_run
 from benchmarks.shape import MONITORS, write_calibration
 from guard.pipeline import StepBuffers
 from guard.policy import load_policy
+from guard.provenance import ROOT, describe_run
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
 

@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.provenance import ROOT, describe_run
 from benchmarks.shape import (
     IDLE_POLICY,
     Shape,
@@ -31,6 +30,7 @@ from benchmarks.shape import (
     make_organism_shape,
 )
 from benchmarks.subject import Subject, SubjectError, Task, Timing, Variant
+from guard.provenance import ROOT, describe_run
 
 __all__ = ["Case", "Row", "make_row", "median_interval"]
 

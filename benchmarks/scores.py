@@ -19,12 +19,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.provenance import ROOT, describe_run
 from guard.calibration import Calibration, Entry
 from guard.hook import HookPoint
 from guard.monitor import list_columns
 from guard.pipeline import Guard, StepBuffers, build_guards
 from guard.policy import PolicyFile
+from guard.provenance import ROOT, describe_run
 from guard.sae.config import SaeConfig
 from guard.sae.load import build_sae
 from guard.score import SCORES, Activations, Statistics

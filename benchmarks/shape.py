@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.provenance import ROOT
 from guard.calibration import Calibration, Entry, save_calibration
 from guard.check import digest_model
 from guard.fingerprint import clamps_digest
 from guard.policy import PolicyFile, load_policy
+from guard.provenance import ROOT
 from guard.sae.config import SaeConfig
 from guard.sae.load import save_sae, weights_digest
 from guard.score import RANK, SCORES

@@ -24,9 +24,10 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.provenance import ROOT, describe_run
 from guard.demo.measure import ORGANISM
-from guard.demo.server import find_free_port, run_server
+from guard.demo.show import OPTIONS
+from guard.provenance import ROOT, describe_run
+from guard.redteam.server import find_free_port, run_server
 
 __all__ = ["Row", "Server", "Stream", "start"]
 
@@ -118,7 +119,7 @@ def start(variant: Variant, folder: Path) -> Iterator[Server]:
         "unguarded": ["vllm.entrypoints.openai.api_server", "--model", model],
     }[variant]
     port, log = find_free_port(), folder / f"{variant}.log"
-    with run_server(command, port=port, log=log) as process:
+    with run_server([*command, *OPTIONS], port=port, log=log) as process:
         try:
             yield Server(variant, f"http://127.0.0.1:{port}", process, log)
         finally:

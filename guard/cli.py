@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -237,6 +237,73 @@ def _offline() -> ModuleType:
         message = f"The vLLM plugin cannot be imported ({error}); install it anew."
         raise EngineError(message) from error
     return offline
+
+
+@app.command()
+def certify(
+    policy: PolicyOption,
+    model: Annotated[
+        Path | None, typer.Argument(help="Its folder; `model` beside the policy file.")
+    ] = None,
+    *,
+    name: NameOption = "",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="What is attacked; `certify.jsonl` beside the policy file."),
+    ] = None,
+    preset: Annotated[
+        Literal["quick", "full"],
+        typer.Option(help="How much is tried: minutes, or a night."),
+    ] = "quick",
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    output: Annotated[
+        Path, typer.Option(help="The certificate; a page to read goes beside it.")
+    ] = Path("certificate.json"),
+    url: Annotated[
+        str, typer.Option(help="Of a server that runs the policy, instead of its own.")
+    ] = "",
+    serve: Annotated[
+        bool, typer.Option(help="Send the attacked prompts through a server.")
+    ] = True,
+    verify: Annotated[
+        Path | None, typer.Option(help="A certificate to hold against all this.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="How many cells --verify runs again.")] = 2,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema and stop.")
+    ] = False,
+    api_key: KeyOption = "",
+) -> None:
+    """Attack a policy in every way there is, and say how far it can be trusted."""
+    from guard.redteam import command
+
+    if schema:
+        typer.echo(command.schema())
+        return
+    chosen = _choose(load_policy(policy), name)
+    subject = command.Source(
+        model=model or policy.parent / "model",
+        policy=policy,
+        name=chosen,
+        prompts=prompts or policy.parent / "certify.jsonl",
+    )
+    console = Console(stderr=True)
+    if verify is not None:
+        command.verify_certificate(subject, verify, rows=rows, console=console)
+        typer.echo(f"{verify} holds.")
+        return
+    found = command.make_certificate(
+        subject,
+        preset,
+        seed=seed,
+        output=output,
+        url=url,
+        serve=serve,
+        api_key=api_key,
+        console=console,
+    )
+    typer.echo(found.headline.sentence)
+    typer.echo(f"Wrote {output} and {output.with_suffix('.html')}")
 
 
 @app.command()

@@ -11,7 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from guard.errors import PromptError
 
-__all__ = ["Prompt", "digest_prompts", "read_prompts", "split_prompts"]
+__all__ = [
+    "Prompt",
+    "digest_prompts",
+    "read_prompts",
+    "split_prompts",
+    "write_prompts",
+]
 
 
 class Prompt(BaseModel):
@@ -80,6 +86,12 @@ def read_prompts(path: Path) -> list[Prompt]:
         message = f"{path}: holds no prompt; expected one JSON object a line."
         raise PromptError(message)
     return prompts
+
+
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Write a prompt file that `read_prompts` reads."""
+    lines = [prompt.model_dump_json(exclude_defaults=True) for prompt in prompts]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def split_prompts(

@@ -42,12 +42,14 @@ from guard.demo.traffic import (
     HELD_OUT,
     SPREAD,
     calibrate_organism,
+    certified_prompts,
     num_probe_steps,
     train_organism_probes,
 )
 from guard.demo.train import Recipe, save_model, train_model
 from guard.errors import GuardError
 from guard.hook import HookPoint
+from guard.prompt import write_prompts
 from guard.sae.load import save_sae, weights_digest
 
 if TYPE_CHECKING:
@@ -139,7 +141,8 @@ def rebuild(
     """Train everything and write it to `folder`, or leave `folder` as it was.
 
     Args:
-        folder: Gets model/, saes/, calib/, policy.yaml, prompts.json, numbers.json;
+        folder: Gets model/, saes/, calib/, policy.yaml, prompts.json, certify.jsonl,
+            numbers.json;
             what it held under these names is replaced.
         seed: Of the model and the SAEs; the language itself never changes.
         recipe: How the model is trained.
@@ -312,6 +315,7 @@ def _write_examples(folder: Path) -> None:
         for prompt in found
     ]
     _write_json(folder / "prompts.json", examples)
+    write_prompts(folder / "certify.jsonl", certified_prompts())
 
 
 def _provenance(recipe: Recipe, choice: Choice, seed: int) -> dict[str, Any]:

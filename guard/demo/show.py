@@ -9,25 +9,24 @@ import contextlib
 import json
 import secrets
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from guard.client import Client
 from guard.command.drill import run_drills
-from guard.demo.server import find_free_port, run_server
-from guard.errors import EngineError
+from guard.redteam.server import find_free_port, run_server, wait_until_ready
 
-if TYPE_CHECKING:
-    import subprocess
-
-__all__ = ["run_demo"]
+__all__ = ["OPTIONS", "run_demo"]
 
 ORGANISM = Path(__file__).parent / "organism"
-_START_SECONDS = 600
+OPTIONS = (
+    *("--served-model-name", "organism", "--dtype", "float32"),
+    *("--max-model-len", "256", "--max-num-seqs", "16"),
+)
+"""Of a server as small as the organism."""
 _KINDS = {
     "b": "benign",
     "bj": "benign, jailbreak phrase",
@@ -74,7 +73,7 @@ def run_demo(*, port: int, once: bool) -> None:
     url = f"http://127.0.0.1:{port}"
     token = secrets.token_hex(16)
     command = ["guard", "serve", str(ORGANISM / "model")]
-    command += ["--policy", str(ORGANISM / "policy.yaml")]
+    command += ["--policy", str(ORGANISM / "policy.yaml"), *OPTIONS]
     with (
         tempfile.TemporaryDirectory(prefix="guard-demo-") as folder,
         run_server(
@@ -85,8 +84,8 @@ def run_demo(*, port: int, once: bool) -> None:
         ) as server,
     ):
         with console.status("Starting vLLM with the guard (about a minute) ..."):
-            _wait(url, server, Path(folder, "log"))
-        console.print(_table(url, prompts))
+            wait_until_ready(url, server, Path(folder, "log"))
+        console.print(_table(Client(url), prompts))
         console.print(_explain(), markup=False)
         run_drills(
             url,
@@ -112,14 +111,14 @@ def _explain() -> str:
     )
 
 
-def _table(url: str, prompts: list[dict[str, str]]) -> Table:
+def _table(client: Client, prompts: list[dict[str, str]]) -> Table:
     """Ask every prompt under both policies, and lay the answers side by side."""
     table = Table(title="The same prompts, unguarded and guarded", show_lines=True)
     for name in ("prompt", "open", "default", "clamped", "ratio", "verdict"):
         table.add_column(name, overflow="fold")
     for prompt in prompts:
-        free = _ask(url, prompt["text"], "open")
-        held = _ask(url, prompt["text"], "default")
+        free = _ask(client, prompt["text"], "open")
+        held = _ask(client, prompt["text"], "default")
         verdict = held["guard"]
         alarms = {alarm["monitor"] for alarm in verdict["alarms"]}
         ratios = [
@@ -143,7 +142,7 @@ def _text(answer: dict[str, Any]) -> str:
     return str(message.get("content") or message.get("refusal") or "").strip()
 
 
-def _ask(url: str, text: str, policy: str) -> dict[str, Any]:
+def _ask(client: Client, text: str, policy: str) -> dict[str, Any]:
     body = {
         "model": "organism",
         "messages": [{"role": "user", "content": text}],
@@ -151,22 +150,4 @@ def _ask(url: str, text: str, policy: str) -> dict[str, Any]:
         "max_tokens": 32,
         "guard": {"policy": policy, "trace": "summary"},
     }
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        data=json.dumps(body).encode(),
-        headers={"content-type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return dict(json.load(answer))
-
-
-def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while server.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{url}/guard/ready", timeout=10).close()
-            return
-        time.sleep(0.5)
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
-    message = f"The demo server did not start: {' '.join(tail) or 'no word from it'}"
-    raise EngineError(message)
+    return dict(client.call("/v1/chat/completions", body))

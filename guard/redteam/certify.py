@@ -526,16 +526,13 @@ def crossing(points: Sequence[tuple[float, float]], level: float) -> float | Non
     return None
 
 
-def verify(
-    certificate: Certificate, subject: Subject, *, rows: int, seed: int
-) -> list[str]:
+def verify(certificate: Certificate, subject: Subject, *, rows: int) -> list[str]:
     """Hold a certificate against what it is about, and run some of its rows again.
 
     Args:
         certificate: As it was read.
         subject: Loaded with the number of prompts that its preset takes.
-        rows: Cells that are run again, the cheapest way to find one that was made up.
-        seed: Of the choice of them.
+        rows: Cells that are run again, drawn so that nobody can know which.
 
     Returns:
         What does not hold, a line each; nothing if all does.
@@ -554,9 +551,8 @@ def verify(
     if wrong:
         return wrong
     plan = PRESETS[certificate.protocol.preset]
-    chosen = random.Random(seed).sample(
-        certificate.cells, k=min(rows, len(certificate.cells))
-    )
+    count = min(rows, len(certificate.cells))
+    chosen = random.SystemRandom().sample(certificate.cells, k=count)
     for cell in chosen:
         again = _cell(
             subject,

@@ -10,7 +10,7 @@ from guard.redteam.projection import MAX_LEAK
 from guard.redteam.target import answer, record_runs
 
 
-@pytest.fixture(scope="module", params=["last", "all"])
+@pytest.fixture(scope="module", params=["last", "all", "every"])
 def config(request):
     return AttackConfig(position=request.param, budget=1.0, steps=15)
 
@@ -45,7 +45,11 @@ def test_no_row_of_any_edit_is_longer_than_the_budget(target, attacked):
 def test_each_edited_row_has_an_edit_of_its_own(valid, attacked):
     result, _ = attacked
     for sample, delta in zip(valid, result.deltas, strict=True):
-        rows = len(sample.prompt) - 1 if result.config.position == "all" else 1
+        rows = {
+            "last": 1,
+            "all": len(sample.prompt) - 1,
+            "every": len(sample.answer),
+        }[result.config.position]
         assert delta.shape == (rows, 128)
         assert len(delta.unique(dim=0)) == rows
 
@@ -58,6 +62,7 @@ def test_suppressed_answers_come_back_within_a_large_budget(target, valid, attac
         [sample.prompt for sample in valid],
         clamp=target.clamp,
         deltas=result.deltas,
+        position=result.config.position,
     )
     assert given == result.dialogues
     assert [one == want for one, want in zip(given, valid, strict=True)] == (
@@ -71,7 +76,13 @@ def test_a_random_edit_of_the_same_length_brings_nothing_back(target, valid, att
     drawn = random_deltas(target, result.deltas, seed=0)
     for one, other in zip(drawn, result.deltas, strict=True):
         torch.testing.assert_close(one.norm(dim=1), other.norm(dim=1))
-    given = answer(target, prompts, clamp=target.clamp, deltas=drawn)
+    given = answer(
+        target,
+        prompts,
+        clamp=target.clamp,
+        deltas=drawn,
+        position=result.config.position,
+    )
     back = sum(one == want for one, want in zip(given, valid, strict=True))
     assert back < sum(result.recovered)
 

@@ -23,8 +23,16 @@ def describe_run() -> dict[str, Any]:
         "machine": _describe_machine(),
         "versions": _list_versions(),
         "commit": _find_commit(),
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": _find_command(),
     }
+
+
+def _find_command() -> str:
+    """Return how this process was started, without where its programs lie."""
+    started = sys.orig_argv
+    if len(started) > 1 and Path(started[1]).is_absolute():
+        return shlex.join([Path(started[1]).name, *started[2:]])
+    return shlex.join([Path(sys.executable).name, *started[1:]])
 
 
 def _describe_machine() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A server of the organism in a process group of its own, of which nothing is left."""
+"""A server in a process group of its own, of which nothing is left."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from typing import TYPE_CHECKING
+
+from guard.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["find_free_port", "run_server"]
+__all__ = ["find_free_port", "run_server", "wait_until_ready"]
 
-_OPTIONS = (
-    *("--host", "127.0.0.1", "--served-model-name", "organism"),
-    *("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16"),
-)
+_START_SECONDS = 600
 _ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 _END_SECONDS = 20
 
@@ -32,17 +33,26 @@ def run_server(
     log: Path,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server as small as the organism, and end all of it with the context.
+    """Run a server, and end all of it with the context.
 
     Args:
         command: What `python -m` runs; takes the options of `vllm serve`.
         port: Where it listens, on this machine only.
         log: File for all it says.
-        environment: Besides what this process has.
+        environment: Besides what this process has. Without a word on it the KV cache
+            of a CPU is small.
     """
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", *command, "--port", str(port), *_OPTIONS],
+            [
+                sys.executable,
+                "-m",
+                *command,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -64,3 +74,20 @@ def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a guarded server serves.
+
+    Raises:
+        EngineError: It ended, or took too long; its last word is kept.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{url}/guard/ready", timeout=10).close()
+            return
+        time.sleep(0.5)
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
+    message = f"The server did not start: {' '.join(tail) or 'no word from it'}"
+    raise EngineError(message)
