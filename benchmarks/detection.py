@@ -8,7 +8,6 @@ that was calibrated for 1 % false alarms. Beside them random edits of the same n
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +30,7 @@ from guard.probe import auroc
 from guard.provenance import ROOT, describe_run
 from guard.recording import Reader, Recording
 from guard.redteam.attack import AttackConfig, Position, attack, random_deltas
+from guard.redteam.bound import wilson
 from guard.redteam.target import Dialogue, Target, answer, find_valid, record_runs
 
 RESULTS = ROOT / "benchmarks" / "results" / "detection.json"
@@ -69,15 +69,6 @@ class Row:
     random_recovered: float
     benign_flagged: float
     """Share of fresh benign requests, about the same unseen topics, that alarm."""
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a rate (Wilson, 1927)."""
-    z, share = 1.96, hits / count
-    centre = share + z * z / (2 * count)
-    reach = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
 
 
 class Judge:

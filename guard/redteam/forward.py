@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Covers",
     "Delta",
     "Edit",
     "added",
@@ -82,6 +83,18 @@ class Delta(NamedTuple):
     """[batch, length], true at those rows."""
 
 
+class Covers(Protocol):
+    """Which rows of an answer a clamp acts on; asked once for each forward pass."""
+
+    def __call__(self, rows: torch.Tensor, *, prompt: bool) -> torch.Tensor:
+        """Return those among `rows` `[batch, length]` that are clamped.
+
+        Args:
+            rows: Where a guard would act.
+            prompt: Whether they are the prompts', or the newest generated tokens'.
+        """
+
+
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> Batch:
     """Put sequences of different length into one batch, ends aligned.
 
@@ -138,6 +151,8 @@ def edited(
 
     def hook(module: object, args: object, resid: torch.Tensor) -> torch.Tensor:
         chosen = rows()
+        if not chosen.any():
+            return resid
         resid = resid.clone()
         resid[chosen] = edit.apply(resid[chosen])
         return resid
@@ -212,8 +227,11 @@ def generate(
     max_tokens: int,
     delta: Delta | None = None,
     later: torch.Tensor | None = None,
+    covers: Covers | None = None,
+    sample: torch.Generator | None = None,
+    ban_eos: bool = False,
 ) -> list[list[int]]:
-    """Answer prompts greedily, the clamp on all tokens.
+    """Answer prompts: greedily and the clamp on all tokens, unless told otherwise.
 
     Args:
         model: The model.
@@ -224,11 +242,15 @@ def generate(
         delta: Added to rows of the prompts.
         later: `[batch, num_rows, d_model]`, added to the first generated tokens at
             the layer of `delta`, a row each.
+        covers: Which tokens are clamped.
+        sample: What tokens are drawn with, at temperature 1.
+        ban_eos: Whether an answer goes on up to `max_tokens`.
 
     Returns:
         For each prompt the generated token ids, up to and with the EOS if one came.
     """
     rows, mask, positions = batch.rows, batch.mask, batch.positions
+    covered = rows if covers is None else covers(rows, prompt=True)
     generated: list[torch.Tensor] = []
 
     def edit_of(step: int) -> Delta | None:
@@ -238,10 +260,13 @@ def generate(
 
     def decode(**inputs: Any) -> Any:
         out = model(**inputs, use_cache=True, logits_to_keep=1)
-        generated.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
+        logits = out.logits[:, -1]
+        if ban_eos:
+            logits[:, eos] = -torch.inf
+        generated.append(_choose(logits, sample))
         return out.past_key_values
 
-    with edited(model, clamp, lambda: rows):
+    with edited(model, clamp, lambda: covered):
         with added(model, delta):
             cache = decode(**batch.inputs)
         rows = torch.ones_like(generated[0], dtype=torch.bool)
@@ -250,6 +275,7 @@ def generate(
                 break
             mask = torch.cat([mask, rows], dim=1)
             positions = positions[:, -1:] + 1
+            covered = rows if covers is None else covers(rows, prompt=False)
             with added(model, edit_of(len(generated) - 1)):
                 cache = decode(
                     input_ids=generated[-1],
@@ -258,6 +284,13 @@ def generate(
                     past_key_values=cache,
                 )
     return [_until(eos, ids) for ids in torch.cat(generated, dim=1).tolist()]
+
+
+def _choose(logits: torch.Tensor, sample: torch.Generator | None) -> torch.Tensor:
+    """Return the likeliest token of each row, or one drawn, `[batch, 1]`."""
+    if sample is None:
+        return logits.argmax(dim=-1, keepdim=True)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=sample)
 
 
 def _until(eos: int, ids: list[int]) -> list[int]:
