@@ -8,13 +8,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from guard.errors import CertificateError
 from guard.fingerprint import fingerprint
 from guard.policy import PolicyFile
 
 __all__ = ["Attestation", "certificate_id", "load_certificates", "read_certificate"]
+
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,18 @@ class Attestation:
     """Of the policy that was certified."""
     issued: str
     """ISO date."""
+
+
+class _Subject(BaseModel):
+    policy_fingerprint: _Digest
+
+
+class _Certificate(BaseModel):
+    """Those of its keys that are read; the others only count for its id."""
+
+    id: _Digest
+    issued: Annotated[str, Field(pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
+    subject: _Subject
 
 
 def certificate_id(content: Mapping[str, Any]) -> str:
@@ -48,21 +64,29 @@ def read_certificate(path: Path) -> Attestation:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = Attestation(
-            id=content["id"],
-            policy_fingerprint=content["subject"]["policy_fingerprint"],
-            issued=content["issued"],
-        )
     except OSError as error:
         message = f"{path}: cannot be read ({error.strerror}); expected a certificate."
         raise CertificateError(message) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        message = f"{path}: is no certificate; expected what `guard certify` writes."
+    except (ValueError, RecursionError) as error:
+        message = f"{path}: is not JSON; expected what `guard certify` writes."
         raise CertificateError(message) from error
-    if found.id != certificate_id(content):
-        message = f"{path}: was changed since it was issued; certify again."
+    try:
+        said = _Certificate.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(map(str, first["loc"])) or "content"
+        message = (
+            f"{path}: its {name} is missing or not valid; expected what "
+            "`guard certify` writes."
+        )
+        raise CertificateError(message) from error
+    if said.id != certificate_id(content):
+        message = (
+            f"{path}: was changed since it was issued; expected it as `guard certify` "
+            "wrote it."
+        )
         raise CertificateError(message)
-    return found
+    return Attestation(said.id, said.subject.policy_fingerprint, said.issued)
 
 
 def load_certificates(policy_file: PolicyFile) -> dict[str, Attestation]:
@@ -70,6 +94,7 @@ def load_certificates(policy_file: PolicyFile) -> dict[str, Attestation]:
 
     Raises:
         CertificateError: One is damaged, or was issued for another policy.
+        PolicyError: A calibration cannot be read.
     """
     certificates = {}
     for name, policy in policy_file.policies.items():
@@ -80,8 +105,8 @@ def load_certificates(policy_file: PolicyFile) -> dict[str, Attestation]:
         if found.policy_fingerprint != wanted:
             message = (
                 f"{policy.certificate}: was issued for policy fingerprint "
-                f"{found.policy_fingerprint[:12]}; that of {name!r} is {wanted[:12]}. "
-                "Certify it again, or leave 'certificate' out."
+                f"{found.policy_fingerprint[:12]}..., that of {name!r} is "
+                f"{wanted[:12]}...; certify it again, or leave 'certificate' out."
             )
             raise CertificateError(message)
         certificates[name] = found

@@ -19,7 +19,7 @@ def fingerprint(policy_file: PolicyFile, name: str) -> str:
 
     Its content, the digests of the SAEs it uses with the small files beside them,
     and the digests of its calibrations; neither its own name, nor file paths, nor
-    anything of other policies.
+    its certificate, nor anything of other policies.
 
     Args:
         policy_file: A loaded policy file.
@@ -77,13 +77,13 @@ def file_fingerprint(policy_file: PolicyFile) -> str:
     """Hash a whole policy file, for the processes of one server to compare.
 
     Unlike `fingerprint` it covers names and their order, which decide slots, and
-    who may use what, and the edits of its drills, which are no policy's.
+    who may use what, the edits of its drills, which are no policy's, and certificates.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        PolicyError: A calibration or the edit of a drill cannot be read.
+        PolicyError: A calibration, a certificate or a drill's edit cannot be read.
     """
     content = policy_file.model_dump(mode="json", exclude={"saes", "policies"})
     for drill, dumped in zip(policy_file.drills, content["drills"], strict=True):

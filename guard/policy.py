@@ -418,9 +418,9 @@ class PolicyFile(_Frozen):
         return tuple(found)
 
     def without_monitors(self) -> Self:
-        """Return the same file, its policies without monitors."""
+        """Return the same file, its policies without monitors, and so uncertified."""
         policies = {
-            name: policy.model_copy(update={"monitors": ()})
+            name: policy.model_copy(update={"monitors": (), "certificate": None})
             for name, policy in self.policies.items()
         }
         return self.model_copy(update={"policies": policies})

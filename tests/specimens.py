@@ -1,5 +1,6 @@
 """Random SAEs, policies and batches that several tests draw from."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from guard.calibration import Calibration, Entry
+from guard.certificate import certificate_id
 from guard.clamp import native_values
 from guard.fingerprint import clamps_digest
 from guard.pipeline import Guard, read_resid
@@ -155,6 +157,18 @@ def make_calibration(
         ),
         provenance={"clamps": clamps_digest(policy_file, name), **(provenance or {})},
     )
+
+
+def write_certificate(path: Path, policy_fingerprint: str, **values: Any) -> str:
+    """Write what a server reads of a certificate, and `values`; return its id."""
+    said = {
+        "issued": "2026-07-25",
+        "subject": {"policy_fingerprint": policy_fingerprint},
+        **values,
+    }
+    own = certificate_id(said)
+    path.write_text(json.dumps({"id": own, **said}))
+    return own
 
 
 def make_ellipsoid(basis: Tensor, *, rest: float = 0.0) -> dict[str, Tensor]:

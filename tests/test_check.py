@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from specimens import AT, make_calibration, make_monitor, make_policy_file
+from specimens import (
+    AT,
+    make_calibration,
+    make_monitor,
+    make_policy_file,
+    write_certificate,
+)
 
 from guard.calibration import Calibration, save_calibration
 from guard.check import (
@@ -19,7 +25,14 @@ from guard.check import (
     load_saes,
 )
 from guard.drill import RecoveryEdit, save_edit
-from guard.errors import CalibrationError, DrillError, GuardError, SaeError
+from guard.errors import (
+    CalibrationError,
+    CertificateError,
+    DrillError,
+    GuardError,
+    SaeError,
+)
+from guard.fingerprint import fingerprint
 from guard.policy import Policy, PolicyFile, Rule, load_policy
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
@@ -36,6 +49,7 @@ policies:
     monitors:
       - {{name: watch, sae: used, score: error_norm, calibration: c.safetensors,
           target_fpr: {target}, on_alarm: block}}
+{certificate}
 default_policy: default
 {drills}
 """
@@ -51,7 +65,7 @@ def write(tmp_path: Path) -> Callable[..., PolicyFile]:
     def write(*, at: str = "layers.1.resid_post", **values: object) -> PolicyFile:
         path = tmp_path / "policy.yaml"
         wanted = {"latent": 3, "target": 0.2, "digest": digest, "zeros": "a" * 64}
-        wanted["drills"] = ""
+        wanted |= {"drills": "", "certificate": ""}
         path.write_text(POLICY.format(at=at, **(wanted | values)))
         policy_file = load_policy(path)
         calibration = make_calibration(
@@ -109,6 +123,16 @@ def test_a_missing_calibration_is_one_clear_line(
     (tmp_path / "c.safetensors").unlink()
     with pytest.raises(CalibrationError, match="no such calibration"):
         check_policy(policy_file)
+
+
+def test_a_certificate_must_be_that_of_the_policy_with_all_it_stands_on(
+    write: Callable[..., PolicyFile], tmp_path: Path
+) -> None:
+    policy_file = write(certificate="    certificate: c.json")
+    write_certificate(tmp_path / "c.json", fingerprint(policy_file, "default"))
+    check_policy(policy_file)
+    with pytest.raises(CertificateError, match=r"c\.json: was issued for .* 'default'"):
+        check_policy(write(certificate="    certificate: c.json", latent=4))
 
 
 def save_drill(folder: Path, *, width: int = 64, **values: object) -> None:

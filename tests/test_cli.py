@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from specimens import make_calibration
+from specimens import make_calibration, write_certificate
 
 from guard.calibration import save_calibration
 from guard.cli import main
 from guard.drill import RecoveryEdit, save_edit
+from guard.fingerprint import fingerprint
 from guard.policy import load_policy
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
@@ -26,6 +27,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     policy_file = load_policy(write_policy(folder, "plain"))
     calibration = make_calibration(policy_file, maxima=[torch.rand(119)])
     save_calibration(calibration, folder / "norm.safetensors")
+    write_certificate(folder / "other.json", "f" * 64)
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
     return folder
@@ -40,6 +42,7 @@ def write_policy(
     law: str = "ablate",
     calibration: str = "norm.safetensors",
     target_fpr: float = 0.01,
+    certificate: str = "null",
 ) -> Path:
     digest = digest or weights_digest(shop / "sae", format="guard")
     path = shop / f"{name}.yaml"
@@ -55,6 +58,7 @@ policies:
     monitors:
       - {{name: watch, sae: s, score: error_norm, calibration: {calibration},
          target_fpr: {target_fpr}, on_alarm: flag}}
+    certificate: {certificate}
 default_policy: default
 """
     )
@@ -78,6 +82,7 @@ MISTAKES = {
     "missing-sae": ({"sae": "nowhere"}, "nowhere: is not a folder; expected one with"),
     "digest": ({"digest": "0" * 64}, f"expected {'0' * 64} as the policy says"),
     "calibration": ({"calibration": "gone.safetensors"}, "gone.safetensors"),
+    "certificate": ({"certificate": "other.json"}, "other.json: was issued for policy"),
     "target": ({"target_fpr": 0.001}, "needs at least 999"),
 }
 
@@ -163,7 +168,19 @@ def test_check_shows_what_a_policy_holds(
     )
     assert code in (0, None)
     assert shown.startswith("default: enforce, 1 clamps, 1 monitors, ")
+    assert "certificate" not in shown
     assert complaint == ""
+
+
+def test_check_shows_which_certificate_a_policy_has(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = write_policy(shop, "certified", certificate="certified.json")
+    issued_for = fingerprint(load_policy(policy), "default")
+    found = write_certificate(shop / "certified.json", issued_for)
+    code, shown, _ = run(monkeypatch, capsys, "check", policy)
+    assert code in (0, None)
+    assert shown.endswith(f", {issued_for[:12]}, certificate {found[:12]}\n")
 
 
 def test_check_loads_every_drill(

@@ -6,7 +6,8 @@ from guard import errors
 
 
 @pytest.mark.parametrize(
-    "kind", ["PolicyError", "SaeError", "CalibrationError", "EngineError"]
+    "kind",
+    ["PolicyError", "SaeError", "CalibrationError", "CertificateError", "EngineError"],
 )
 def test_every_error_can_be_caught_as_a_guard_error(kind: str) -> None:
     with pytest.raises(errors.GuardError, match="what is wrong"):

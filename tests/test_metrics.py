@@ -32,6 +32,7 @@ def metrics(registry) -> Metrics:
         policy_file,
         fingerprints={"default": "f1", "watch": "f2"},
         digests={"l12": "d1"},
+        certificates={"default": "c1"},
         registry=registry,
     )
 
@@ -90,6 +91,12 @@ def test_the_facts_are_gauges_at_one(metrics, registry):
     sae = {"sae": "l12", "hook_point": "layers.12.resid_post", "sha256": "d1"}
     assert get("guard_sae_info", sae) == 1.0
     assert b"guard_info{" in generate_latest(registry)
+
+
+def test_only_a_policy_that_has_a_certificate_shows_one(metrics, registry):
+    found = {"policy": "default", "certificate": "c1"}
+    assert registry.get_sample_value("guard_certificate_info", found) == 1.0
+    assert generate_latest(registry).count(b"guard_certificate_info{") == 1
 
 
 def test_a_ratio_of_one_lies_on_a_bucket_boundary(metrics, registry):

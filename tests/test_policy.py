@@ -49,6 +49,11 @@ CLAMP0 = "policies.default.clamps[0]"
 MONITOR0 = "policies.default.monitors[0]"
 
 
+CERTIFIED = FULL.replace(
+    "hold_tokens: 0", "hold_tokens: 0\n    certificate: certified/a.json"
+)
+
+
 def write(folder: Path, text: str) -> Path:
     path = folder / "policy.yaml"
     path.write_text(text)
@@ -86,6 +91,8 @@ def test_every_key_of_the_format_is_read(tmp_path: Path) -> None:
 def test_paths_are_taken_from_the_folder_of_the_file(tmp_path: Path) -> None:
     policy_file = load_policy(write(tmp_path, FULL))
     assert policy_file.saes["l12"].path == tmp_path / "saes/l12"
+    certified = load_policy(write(tmp_path, CERTIFIED)).policies["default"]
+    assert certified.certificate == tmp_path / "certified/a.json"
     monitor = policy_file.policies["default"].monitors[0]
     assert monitor.calibration == tmp_path / "calib/l12.safetensors"
 
@@ -175,8 +182,11 @@ def test_every_place_is_listed_once_and_stays_without_monitors(tmp_path: Path) -
     policy_file = load_policy(write(tmp_path, edit(FULL, "on_alarm: block}", more)))
     places = ("layers.12.resid_post", "layers.20.resid_post")
     assert policy_file.hook_points == places
-    bare = policy_file.without_monitors()
+    bare = load_policy(
+        write(tmp_path, edit(CERTIFIED, "on_alarm: block}", more))
+    ).without_monitors()
     assert bare.policies["default"].monitors == ()
+    assert bare.policies["default"].certificate is None
     assert bare.policies["default"].clamps == policy_file.policies["default"].clamps
     assert bare.hook_points == places[:1]
     assert list(bare.policies) == list(policy_file.policies)
@@ -609,6 +619,36 @@ def test_drills_are_part_of_the_file_and_of_no_policy(tmp_path: Path) -> None:
     edited.unlink()
     with pytest.raises(PolicyError, match=r"fire\.safetensors: cannot be read"):
         file_fingerprint(drilled)
+
+
+def test_a_certificate_is_part_of_the_file_and_of_no_policy(tmp_path: Path) -> None:
+    bare = served(tmp_path)
+    (tmp_path / "certified").mkdir()
+    file = tmp_path / "certified/a.json"
+    prints = {file_fingerprint(bare)}
+    for content in ("one", "other"):
+        file.write_text(content)
+        certified = served(tmp_path, CERTIFIED)
+        prints.add(file_fingerprint(certified))
+        assert fingerprint(certified, "default") == fingerprint(bare, "default")
+    assert len(prints) == 3
+    before = file_fingerprint(certified)
+    file.rename(tmp_path / "b.json")
+    moved = served(tmp_path, edit(CERTIFIED, "certified/a.json", "b.json"))
+    assert file_fingerprint(moved) == before
+    with pytest.raises(PolicyError, match=r"a\.json: cannot be read"):
+        file_fingerprint(certified)
+
+
+def test_a_fingerprint_stays_the_one_that_was_certified(tmp_path: Path) -> None:
+    """A change of these makes every certificate there is one of another policy."""
+    policy_file = served(tmp_path)
+    assert fingerprint(policy_file, "default") == (
+        "0869dfd64a8e1e4b895e0565b5f615466b9d7640f4cde72862765bf1dc4d2ba0"
+    )
+    assert fingerprint(policy_file, "open") == (
+        "b9b5e7c811a5bb8467f69fad9887d28632ecb90236b03013b6540d409f49e7f0"
+    )
 
 
 def test_the_order_of_policies_is_part_of_the_file_fingerprint(tmp_path: Path) -> None:

@@ -148,7 +148,8 @@ def enter() -> bool:
         Whether this process is guarded.
 
     Raises:
-        PolicyError: The file is not usable, or changed while the server started.
+        GuardError: The file or what it names is not usable, or changed while the
+            server started.
     """
     global _context, _told_inert
     if _context is not None:
@@ -167,6 +168,7 @@ def enter() -> bool:
         # Monitors that are not calibrated yet: only their places are of interest.
         policy_file = policy_file.without_monitors()
         recorder = Recorder()
+    certificates = load_certificates(policy_file)
     found = file_fingerprint(policy_file)
     _check_unchanged(path, found)
     if not os.environ.get(SECRET_VARIABLE):
@@ -182,7 +184,7 @@ def enter() -> bool:
         },
         columns=list_columns(policy_file),
         calibrations=calibrations,
-        certificates=load_certificates(policy_file) if recorder is None else {},
+        certificates=certificates,
         edits=load_edits(policy_file),
         secret=bytes.fromhex(os.environ[SECRET_VARIABLE]),
         hook_points=tuple(map(HookPoint.parse, hook_points)),

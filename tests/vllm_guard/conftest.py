@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from specimens import make_calibration
+from specimens import make_calibration, write_certificate
 from vllm_guard import context
 
 from guard.calibration import save_calibration
 from guard.drill import RecoveryEdit, save_edit
+from guard.fingerprint import fingerprint
 from guard.policy import load_policy
 from guard.sae.load import weights_digest
 from guard.testing import save_toy_sae
@@ -29,6 +30,7 @@ policies:
           target_fpr: 0.1, on_alarm: block}}
   research:
     clamps: [{{name: other, sae: s, latents: [4], law: ablate}}]
+    {certificate}
   open: {{}}
 default_policy: default
 public_policies: [default, research, open]
@@ -45,7 +47,10 @@ drills:
 
 @pytest.fixture
 def write_policy(tmp_path: Path) -> Callable[..., Path]:
-    """Write a policy folder, with `extra` lines at the end of its file."""
+    """Write a policy folder, with `extra` lines at the end of its file.
+
+    `certificate` is a line of the policy `research`.
+    """
     save_toy_sae(tmp_path / "sae")
     digest = weights_digest(tmp_path / "sae", "guard")
     delta = torch.linspace(-1, 1, 64)
@@ -53,9 +58,10 @@ def write_policy(tmp_path: Path) -> Callable[..., Path]:
         edit = RecoveryEdit(delta, f"w1 {position}", "w2", 0.5, position, digest)
         save_edit(tmp_path / f"{position}.safetensors", edit)
 
-    def write(extra: str = "") -> Path:
+    def write(extra: str = "", *, certificate: str = "") -> Path:
         path = tmp_path / "policy.yaml"
-        path.write_text(POLICY.format(digest=digest, extra=extra))
+        text = POLICY.format(digest=digest, extra=extra, certificate=certificate)
+        path.write_text(text)
         calibration = make_calibration(
             load_policy(path),
             lengths=(16, 64),
@@ -85,6 +91,21 @@ def state(
 ) -> context.Context:
     """Enter under the policy folder; slots are default 1, research 2, open 3."""
     monkeypatch.setenv("GUARD_POLICY", str(write_policy()))
+    assert context.enter()
+    return context.get()
+
+
+@pytest.fixture
+def certified(
+    write_policy: Callable[..., Path],
+    clean_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> context.Context:
+    """Enter under the same folder, with a certificate for `research`."""
+    path = write_policy(certificate="certificate: r.json")
+    issued_for = fingerprint(load_policy(path), "research")
+    write_certificate(path.with_name("r.json"), issued_for)
+    monkeypatch.setenv("GUARD_POLICY", str(path))
     assert context.enter()
     return context.get()
 

@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from specimens import make_calibration
+from prometheus_client import CollectorRegistry
+from specimens import make_calibration, write_certificate
 from vllm_guard import context
 
 from guard.calibration import save_calibration
-from guard.errors import CalibrationError, DrillError, EngineError, PolicyError
+from guard.errors import (
+    CalibrationError,
+    CertificateError,
+    DrillError,
+    EngineError,
+    PolicyError,
+)
 from guard.policy import load_policy
 from guard.request import TICKET_KEY, read_ticket
 from guard.sae.load import weights_digest
@@ -92,6 +99,49 @@ def test_a_drill_that_does_not_fit_stops_the_start(
     monkeypatch.setenv("GUARD_POLICY", str(write_policy(wrong)))
     with pytest.raises(DrillError, match="was found for position all_prompt"):
         context.enter()
+
+
+@pytest.mark.usefixtures("clean_process")
+@pytest.mark.parametrize("issued_for", ["f" * 64, None])
+def test_a_certificate_of_nobody_or_of_another_policy_stops_the_start(
+    issued_for: str | None,
+    write_policy: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write_policy(certificate="certificate: r.json")
+    if issued_for is not None:
+        write_certificate(path.with_name("r.json"), issued_for)
+    monkeypatch.setenv("GUARD_POLICY", str(path))
+    words = "cannot be read" if issued_for is None else "was issued for .* 'research'"
+    with pytest.raises(CertificateError, match=rf"r\.json: {words}"):
+        context.enter()
+    with pytest.raises(RuntimeError):
+        context.get()
+
+
+def test_a_certificate_that_is_renewed_while_the_server_starts_stops_it(
+    certified: context.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context.reset()
+    monkeypatch.setenv("GUARD_FINGERPRINT", certified.fingerprint)
+    assert context.enter()
+    context.reset()
+    monkeypatch.setenv("GUARD_FINGERPRINT", certified.fingerprint)
+    path = certified.policy_file.policies["research"].certificate
+    assert path is not None
+    write_certificate(path, certified.fingerprints["research"], issued="2026-08-01")
+    with pytest.raises(PolicyError, match="changed while the server started"):
+        context.enter()
+
+
+def test_metrics_show_which_certificate_a_policy_has(
+    certified: context.Context,
+) -> None:
+    registry = CollectorRegistry()
+    context.get_board(registry)
+    found = certified.certificates["research"].id
+    labels = {"policy": "research", "certificate": found}
+    assert registry.get_sample_value("guard_certificate_info", labels) == 1.0
 
 
 def test_drills_are_counted_from_one_in_file_order(drilled: context.Context) -> None:
@@ -196,10 +246,10 @@ def test_thresholds_are_those_of_each_calibration_in_the_order_of_the_monitors(
 
 
 @pytest.mark.usefixtures("clean_process")
-def test_a_recording_process_needs_no_calibration_and_watches_nothing(
+def test_a_recording_process_needs_no_calibration_or_certificate_and_watches_nothing(
     write_policy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_policy()
+    path = write_policy(certificate="certificate: nowhere.json")
     path.with_name("c.safetensors").unlink()
     monkeypatch.setenv("GUARD_POLICY", str(path))
     monkeypatch.setenv("GUARD_RECORD", "1")
@@ -207,7 +257,7 @@ def test_a_recording_process_needs_no_calibration_and_watches_nothing(
     state = context.get()
     assert state.recorder is not None
     assert state.columns == ()
-    assert state.calibrations == {}
+    assert (state.calibrations, state.certificates) == ({}, {})
     assert [str(at) for at in state.hook_points] == ["layers.1.resid_post"]
     assert len(state.policy_file.policies["default"].clamps) == 2
     context.reset()

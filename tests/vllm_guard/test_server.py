@@ -75,6 +75,16 @@ def test_an_engine_without_the_guard_is_missed(state: context.Context) -> None:
         check(make_engine(state, 0, 1), [None, None])
 
 
+def test_status_says_which_certificate_a_policy_has_or_none(
+    certified: context.Context,
+) -> None:
+    found = certified.certificates["research"]
+    client = make_client([make_engine(certified, 0, world_size=1)])
+    said = asyncio.run(server.describe(client, ["research", "open"]))["policies"]
+    assert said["research"]["certificate"] == {"id": found.id, "issued": "2026-07-25"}
+    assert said["open"]["certificate"] is None
+
+
 TOKEN = "a token of 24 letters..".replace(" ", "-")
 
 
