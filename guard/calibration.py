@@ -67,6 +67,8 @@ class Entry:
     """What the score's `fit` returned; the weights of a probe."""
     sae_sha256: str | None = None
     """Digest of the SAE that the score needs."""
+    drift: float | None = None
+    """What each token's score had to exceed to add up; None: scores were averaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +255,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
                 "window": entry.window,
                 "drift": entry.drift,
                 "sae_sha256": entry.sae_sha256,
+                "drift": entry.drift,
             }
             for name, entry in calibration.entries.items()
         },

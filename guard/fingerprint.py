@@ -44,7 +44,7 @@ def fingerprint(policy_file: PolicyFile, name: str) -> str:
             dumped["calibration"] = _hash_file(monitor.calibration)
         dumped.pop("probe")  # its weights stand in the calibration
         if monitor.drift is None:
-            dumped.pop("drift")  # as before there was such a thing
+            dumped.pop("drift")  # as before there was such a key
     return _hash(
         {
             "schema": 1,

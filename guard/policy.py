@@ -223,9 +223,9 @@ class Monitor(_Frozen):
     window: Annotated[int, Field(ge=1, le=64)] = 1
     """The mean over this many consecutive tokens is held against the threshold."""
     drift: Annotated[Finite, Field(gt=0)] | None = None
-    """Instead of a window: what each token's score exceeds this by adds up, and what it
-    falls short by takes off again, down to 0 (the CUSUM of Page, "Continuous inspection
-    schemes", 1954). Weak evidence of several tokens counts together."""
+    """Instead of a mean, evidence that adds up: the sum of how far each token's score
+    exceeds this much is held against the threshold, and falls again, never below 0,
+    where scores are less (the CUSUM of Page, "Continuous inspection schemes", 1954)."""
     calibration: FilePath | None = None
     """Thresholds fitted on benign traffic; relative to the policy file."""
     target_fpr: Annotated[Finite, Field(gt=0, le=MAX_TARGET)]
@@ -251,7 +251,7 @@ class Monitor(_Frozen):
         if self.score != "probe" and self.probe is not None:
             _refuse(f"goes with score probe, not {self.score}; leave it out", "probe")
         if self.drift is not None and self.window > 1:
-            _refuse("goes without a window; leave one of them out", "drift")
+            _refuse("goes without a window; leave out one of the two", "drift")
         if self.calibration is None:
             _refuse(
                 f"score {self.score} needs a calibration; expected the path of one",

@@ -173,6 +173,7 @@ def fit_entries(
             drift=monitor.drift,
             statistics=statistics,
             sae_sha256=reader.sae_sha256(monitor),
+            drift=monitor.drift,
         )
     return entries
 

@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -48,13 +49,13 @@ def sum_up(
     """Return what a monitor makes of the scores of a whole request.
 
     The largest mean over `window` consecutive positions of its stage, shorter windows
-    at their beginning included; or the largest sum of what scores exceed `drift` by,
-    which never falls below 0. Infinite where a score is not finite; -inf where no
-    position is of that stage.
+    at their beginning included; with a `drift` the largest sum S_t = max(0, S_(t-1) +
+    score_t - drift), which begins at 0 (Page, "Continuous inspection schemes", 1954).
+    Infinite where a score is not finite; -inf where no position is of that stage.
 
     Args:
         scores: Of every position that is scored, in order, `[num_tokens]`.
-        monitor: Says which positions count, and the width of the window.
+        monitor: Says which positions count, and how they are put together.
         prompt_length: How many of them belong to the prompt.
     """
     rows = stage_rows(
@@ -131,8 +132,6 @@ class _Running:
         self.stage = stage
         self.window = window
         self.drift = drift
-        self.total = 0.0
-        """Of what scores exceeded the drift by, up to here."""
         # As numpy compares it with a column of fp32, and so for single tokens too.
         self.threshold = float(np.float32(threshold))
         self.blocks = blocks
@@ -141,17 +140,19 @@ class _Running:
         self.alarm_position: int | None = None
         self.recent: deque[float] = deque(maxlen=window - 1)
         """The scores before the next one that share a window with it."""
+        self.total = 0.0
+        """With a drift, the sum of what exceeded it; never below 0."""
 
     def smooth(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return what is compared at each of consecutive positions.
+        """Return what is held against the threshold at each of consecutive positions.
 
-        The mean of the window that ends there, or the sum up to there.
+        The mean of the window that ends there; with a drift, the sum up to there.
         """
         known = scores.copy()
         known[~np.isfinite(scores) | (scores == EXEMPT)] = np.inf
         if self.drift is not None:
-            sums = itertools.accumulate(known.tolist(), self._add, initial=self.total)
-            return np.array([*sums][1:], dtype=np.float32)
+            totals = accumulate(known.tolist(), self._add, initial=self.total)
+            return np.array(list(totals)[1:], dtype=np.float32)
         if self.window == 1:
             return known
         before = np.array(self.recent, dtype=np.float64)
@@ -167,25 +168,28 @@ class _Running:
         return (total / np.minimum(counts, self.window)).astype(np.float32)
 
     def _add(self, total: float, score: float) -> float:
-        """Return the sum with one more score."""
-        return max(total + score - (self.drift or 0.0), 0.0)
+        """Return the sum after one more score, as fp32 holds it."""
+        total = max(0.0, total + score - (self.drift or 0.0))
+        return float(np.float32(total)) if total < -EXEMPT else math.inf
 
-    def is_over(self, means: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-        """Whether each mean is an alarm; one that is not finite always is."""
-        return (means > self.threshold) | np.isinf(means)
+    def is_over(self, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        """Whether each mean or sum is an alarm; one that is not finite always is."""
+        return (numbers > self.threshold) | np.isinf(numbers)
 
     def observe(self, scores: npt.NDArray[np.float32], first: int) -> None:
         """Take in the column's scores of consecutive positions of its stage."""
-        means = self.smooth(scores)
-        if not len(means):
+        numbers = self.smooth(scores)
+        if not len(numbers):
             return
-        over = self.is_over(means)
+        over = self.is_over(numbers)
         if self.alarm_position is None and over.any():
             self.alarm_position = first + int(over.argmax())
-        largest = int(means.argmax())
-        if means[largest] > self.maximum:
-            self.maximum = float(means[largest])
+        largest = int(numbers.argmax())
+        if numbers[largest] > self.maximum:
+            self.maximum = float(numbers[largest])
             self.position = first + largest
+        if self.drift is not None:
+            self.total = float(numbers[-1])
         self.recent.extend(scores[1 - self.window or len(scores) :].tolist())
         if self.drift is not None:
             for score in scores.tolist():
@@ -205,6 +209,8 @@ class _Running:
             count = len(self.recent) + 1
             self.recent.append(known)
             known = float(np.float32((total + known) / count))
+        elif self.drift is not None:
+            known = self.total = self._add(self.total, known)
         if known > self.maximum:
             self.maximum, self.position = known, position
         if self.alarm_position is None and (

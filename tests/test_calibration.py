@@ -175,7 +175,7 @@ def test_several_monitors_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
         # Not in the order of the alphabet: columns are counted in this one.
         "z": Entry("density", AT, "prompt", 3, SCORES["density"].fit(benign)),
         "a.b-c": Entry("error", AT, None, 1, SCORES["error"].fit(benign), "f" * 64),
-        "m": Entry("error_norm", AT, "output", 64, {}, "e" * 64),
+        "m": Entry("error_norm", AT, "output", 64, {}, "e" * 64, drift=0.1),
     }
     saved = Calibration(
         entries=entries,
@@ -225,6 +225,15 @@ def test_the_damaged_files_below_are_damaged_only_where_they_say_so(
 ) -> None:
     write(tmp_path / "c", GOOD, ABOUT)
     assert load_calibration(tmp_path / "c").lengths == (10,)
+
+
+def test_a_file_from_before_scores_could_add_up_is_still_read(tmp_path: Path) -> None:
+    assert "drift" not in WATCH
+    write(tmp_path / "c", GOOD, ABOUT)
+    assert load_calibration(tmp_path / "c").entries["watch"].drift is None
+    about = ABOUT | {"entries": {"watch": WATCH | {"drift": 0.1}}}
+    write(tmp_path / "c", GOOD, about)
+    assert load_calibration(tmp_path / "c").entries["watch"].drift == 0.1
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,7 @@ USUAL: dict[str, Any] = {"score": "error", "stage": "output", "window": 4}
         ({"stage": "prompt"}, "stage 'output'; expected 'prompt'"),
         ({"stage": None}, "stage 'output'; expected None"),
         ({"window": 1}, "window 4; expected 1"),
+        ({"window": 1, "drift": 0.5}, "window 4; expected 1"),
     ],
 )
 def test_a_monitor_that_was_calibrated_as_another_is_refused_by_name(
@@ -220,6 +221,17 @@ def test_a_monitor_that_was_calibrated_as_another_is_refused_by_name(
     assert str(caught.value) == (
         f"calibration: monitor 'watch' was calibrated with {words}. Calibrate again."
     )
+
+
+@pytest.mark.parametrize(("was", "now"), [(None, 0.5), (0.5, None), (0.5, 0.25)])
+def test_a_monitor_that_was_calibrated_with_another_drift_is_refused(
+    was: float | None, now: float | None
+) -> None:
+    calibration = make_calibration(watched(drift=was))
+    check(watched(drift=was), calibration)
+    words = f"drift {was!r}; expected {now!r}. Calibrate again."
+    with pytest.raises(CalibrationError, match=words):
+        check(watched(drift=now), calibration)
 
 
 @pytest.mark.parametrize("score", ["error", "error_norm", "clamp_residual"])

@@ -217,8 +217,7 @@ def judge_plainly(
         )
         and (i > 0 or scores[i] != EXEMPT)
     ]
-    largest, where, alarm = -math.inf, None, None
-    total = 0.0
+    largest, where, alarm, total = -math.inf, None, None, 0.0
     for number, position in enumerate(positions):
         score = scores[position]
         if not math.isfinite(score) or score == EXEMPT:
@@ -226,15 +225,16 @@ def judge_plainly(
         total = max(0.0, total + score - (monitor.drift or 0.0))
         window = positions[max(0, number + 1 - monitor.window) : number + 1]
         values = [scores[i] for i in window]
-        if all(math.isfinite(value) and value != EXEMPT for value in values):
-            mean = float(np.float32(sum(values) / len(values)))
-        else:
-            mean = math.inf
+        known = sum(values) / len(values)
         if monitor.drift is not None:
-            mean = float(np.float32(total))
-        if mean > largest:
-            largest, where = mean, position
-        if alarm is None and (mean > np.float32(threshold) or mean == math.inf):
+            total = known = float(np.float32(max(0, total + known - monitor.drift)))
+        if all(math.isfinite(value) and value != EXEMPT for value in values):
+            made = float(np.float32(known))
+        else:
+            made = total = math.inf
+        if made > largest:
+            largest, where = made, position
+        if alarm is None and (made > np.float32(threshold) or made == math.inf):
             alarm = position
     return largest, where, alarm
 
@@ -248,6 +248,13 @@ WAYS = [{"window": width} for width in (1, 2, 3, 5, 64)] + [
 ]
 
 
+WAYS = st.sampled_from(
+    [{"window": window} for window in (1, 2, 3, 5, 64)]
+    + [{"drift": drift} for drift in (0.1, 0.25, 3.0)]
+)
+"""How a monitor puts scores together."""
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[Policy, list[float], np.ndarray, int]:
     """A policy with its thresholds, scores of a request, and its prompt's length."""
@@ -256,7 +263,7 @@ def requests(draw: st.DrawFn) -> tuple[Policy, list[float], np.ndarray, int]:
         make_monitor(
             f"m{i}",
             stage=draw(st.sampled_from([None, "prompt", "last_prompt", "output"])),
-            **draw(st.sampled_from(WAYS)),
+            **draw(WAYS),
             on_alarm=draw(st.sampled_from(["flag", "block"])),
         )
         for i in range(count)
@@ -362,21 +369,88 @@ def test_an_alarm_lies_where_the_mean_over_the_window_is_above_the_threshold_fir
 
 
 @pytest.mark.parametrize("pieces", PIECES)
+def test_weak_evidence_adds_up_to_an_alarm_and_one_weak_score_does_not(
+    pieces: tuple[int, ...],
+) -> None:
+    weak = [0.75] * 6
+    assert in_pieces(watch_one(), weak, *pieces).block_position is None
+    assert in_pieces(watch_one(window=4), weak, *pieces).block_position is None
+    # .5 a token above the drift: exactly 1, which is no alarm yet, at the second.
+    assert in_pieces(watch_one(drift=0.25), weak, *pieces).block_position == 2
+    alone = in_pieces(watch_one(drift=0.25), [0.0, 0.0, 0.75, *[0.0] * 3], *pieces)
+    (reading,) = alone.readings()
+    assert (reading.alarm, reading.score, reading.position) == (False, 0.5, 2)
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize(
+    ("scores", "sums"),
+    [
+        # A pause lets it fall by the drift a token.
+        ([1.0, 1.0, 0.0, 0.0, 0.75, 0.0], [0.75, 1.5, 1.25, 1.0, 1.5, 1.25]),
+        # However long and harmless it was, the next score counts in full.
+        ([0.5, -90.0, -90.0, 0.0, 1.0, 1.0], [0.25, 0.0, 0.0, 0.0, 0.75, 1.5]),
+    ],
+)
+def test_harmless_tokens_let_a_sum_fall_but_never_below_zero(
+    scores: list[float], sums: list[float], pieces: tuple[int, ...]
+) -> None:
+    watch = watch_one(drift=0.25, on_alarm="flag")
+    (running,) = watch._running
+    first = 0
+    for count in pieces:
+        observe(watch, first, scores[first : first + count])
+        first += count
+        assert running.total == sums[first - 1]
+    whole = np.array(scores, dtype=np.float32)
+    assert sum_up(whole, make_monitor(drift=0.25), prompt_length=4) == max(sums)
+    (reading,) = watch.readings()
+    assert reading.score == max(sums)
+    assert reading.position == next(i for i, one in enumerate(sums) if one > 1)
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_a_sum_begins_at_the_first_position_of_its_stage(
+    pieces: tuple[int, ...],
+) -> None:
+    watch = watch_one(drift=0.25, stage="output")
+    scores = [9.0, 9.0, 9.0, 9.0, 1.0, 0.5]
+    in_pieces(watch, scores, *pieces)
+    (reading,) = watch.readings()
+    assert (reading.alarm, reading.score, reading.position) == (False, 1.0, 5)
+
+
+def test_a_block_is_found_without_adding_a_score_twice() -> None:
+    for pieces in PIECES:
+        watch = in_pieces(watch_one(drift=0.5), [0.75] * 6, *pieces)
+        assert (watch.readings()[0].score, watch.block_position) == (1.25, 4)
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_a_sum_beyond_what_fp32_holds_is_infinite(pieces: tuple[int, ...]) -> None:
+    watch = watch_one(drift=0.5, on_alarm="flag")
+    in_pieces(watch, [0.0, 3e38, 3e38, 0.0, 0.0, 0.0], *pieces)
+    (reading,) = watch.readings()
+    assert (reading.score, reading.position) == (math.inf, 1)
+
+
+@pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("poison", [*POISON, EXEMPT])
 @pytest.mark.parametrize("position", range(1, 6))
-def test_what_is_not_finite_anywhere_in_a_window_is_an_alarm(
-    position: int, poison: float, pieces: tuple[int, ...]
+@pytest.mark.parametrize("way", [{"window": 3}, {"drift": 0.5}])
+def test_what_is_not_finite_anywhere_in_a_mean_or_sum_is_an_alarm(
+    way: dict[str, Any], position: int, poison: float, pieces: tuple[int, ...]
 ) -> None:
     scores = [-50.0] * 6
     scores[position] = poison
-    watch = in_pieces(watch_one(window=3, on_alarm="flag"), scores, *pieces)
+    watch = in_pieces(watch_one(**way, on_alarm="flag"), scores, *pieces)
     (reading,) = watch.readings()
     assert (reading.alarm, reading.position, reading.score) == (
         True,
         position,
         math.inf,
     )
-    blocking = in_pieces(watch_one(window=3), scores, *pieces)
+    blocking = in_pieces(watch_one(**way), scores, *pieces)
     assert blocking.block_position == position
 
 
@@ -469,7 +543,7 @@ def test_a_ratio_to_a_threshold_of_log_odds_counts_from_the_threshold(
     assert reading.ratio == ratio
 
 
-def test_summing_up_takes_the_largest_mean_of_the_right_part() -> None:
+def test_summing_up_takes_the_largest_mean_or_sum_of_the_right_part() -> None:
     scores = np.array([4, 0, 2, 6, -1, 3], dtype=np.float32)
     for stage, window, expected in (
         (None, 1, 6.0),
@@ -484,7 +558,14 @@ def test_summing_up_takes_the_largest_mean_of_the_right_part() -> None:
         assert sum_up(scores, monitor, prompt_length=3) == expected
     monitor = make_monitor(stage="output")
     assert sum_up(scores, monitor, prompt_length=6) == -math.inf
+    monitor = make_monitor(drift=1.0)
+    assert sum_up(scores, monitor, prompt_length=3) == 8.0  # 3 2 3 8 6 8
+    monitor = make_monitor(drift=1.0, stage="prompt")
+    assert sum_up(scores, monitor, prompt_length=2) == 3.0
+    monitor = make_monitor(drift=1.0, stage="output")
+    assert sum_up(scores, monitor, prompt_length=6) == -math.inf
     scores[1] = math.nan
+    assert sum_up(scores, make_monitor(drift=1.0), prompt_length=3) == math.inf
     assert sum_up(scores, make_monitor(window=2), prompt_length=3) == math.inf
 
 

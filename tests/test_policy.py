@@ -147,6 +147,8 @@ SCORES = [
     ("density", "hook_point: layers.3.resid_post, window: 1"),
     ("probe", "sae: l12, probe: probes/p.safetensors"),
     ("probe", "hook_point: layers.0.resid_post, probe: probes/p.safetensors"),
+    ("probe", "sae: l12, probe: probes/p.safetensors, stage: output, drift: 0.2"),
+    ("density", "sae: l12, drift: 3, window: 1"),
 ]
 
 
@@ -168,7 +170,7 @@ def test_a_monitor_watches_every_token_alone_when_nothing_is_said(
     tmp_path: Path,
 ) -> None:
     (monitor,) = load_policy(write(tmp_path, FULL)).policies["default"].monitors
-    assert (monitor.stage, monitor.window) == (None, 1)
+    assert (monitor.stage, monitor.window, monitor.drift) == (None, 1, None)
     text = edit(FULL, "score: density", "score: density, stage: output, window: 4")
     (monitor,) = load_policy(write(tmp_path, text)).policies["default"].monitors
     assert (monitor.stage, monitor.window) == ("output", 4)
@@ -312,7 +314,11 @@ FAULTS = [
     ("score: density,", "score: density, window: 65,", f"18: {MONITOR0}.window: 65 should be less than or equal to 64"),
     ("score: density,", "score: density, window: 1.5,", f"18: {MONITOR0}.window: 1.5 should be a valid integer"),
     ("score: density,", "score: density, drift: 0,", f"18: {MONITOR0}.drift: 0 should be greater than 0"),
-    ("score: density,", "score: density, drift: 1, window: 2,", f"18: {MONITOR0}.drift: goes without a window; leave one of them out"),
+    ("score: density,", "score: density, drift: -0.1,", f"18: {MONITOR0}.drift: -0.1 should be greater than 0"),
+    ("score: density,", "score: density, drift: .inf,", f"18: {MONITOR0}.drift: inf is not a finite number; expected one"),
+    ("score: density,", "score: density, drift: '1',", f"18: {MONITOR0}.drift: '1' should be a valid number"),
+    ("score: density,", "score: density, drift: true,", f"18: {MONITOR0}.drift: True should be a valid number"),
+    ("score: density,", "score: density, drift: 0.2, window: 2,", f"18: {MONITOR0}.drift: goes without a window; leave out one of the two"),
     ("score: density,", "score: density, windw: 2,", f"18: {MONITOR0}.windw: unknown key; did you mean 'window'?"),
     ("sae: l12, score: density", "sae: l12, score: density, target: 2", f"18: {MONITOR0}.target: unknown key; did you mean 'target_fpr'?"),
     ("on_alarm: block}", "on_alarm: block}\n      - {name: Recovery, sae: l12, score: error_norm, calibration: c, target_fpr: 0.01, on_alarm: flag}", "20: policies.default.monitors[1].name: 'recovery' is already the name of another"),
@@ -498,6 +504,7 @@ def test_a_fingerprint_does_not_depend_on_layout_place_or_neighbours(
         ("score: density", "score: error"),
         ("score: density", "score: density, stage: output"),
         ("score: density", "score: density, window: 2"),
+        ("score: density", "score: density, drift: 2"),
         ("sae: l12, score", "hook_point: layers.12.resid_post, score"),
         (SHA, "b" * 64),
         ("layers.12.", "layers.11."),
@@ -510,6 +517,13 @@ def test_a_fingerprint_changes_with_what_is_computed(
 ) -> None:
     before = fingerprint(served(tmp_path), "default")
     assert fingerprint(served(tmp_path, edit(FULL, old, new)), "default") != before
+
+
+def test_a_fingerprint_of_earlier_files_stays_what_it_was(tmp_path: Path) -> None:
+    # Nothing may become part of it that a policy without it does not say.
+    assert fingerprint(served(tmp_path), "default") == (
+        "0869dfd64a8e1e4b895e0565b5f615466b9d7640f4cde72862765bf1dc4d2ba0"
+    )
 
 
 def test_a_fingerprint_needs_no_probe_whose_weights_stand_in_the_calibration(

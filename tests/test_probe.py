@@ -161,9 +161,10 @@ def test_the_bar_of_progress_moves_once_a_step() -> None:
     assert len(steps) == 5 * 7
 
 
-def test_a_probe_is_judged_on_groups_it_never_saw() -> None:
+@pytest.mark.parametrize("way", [{"window": 3}, {"drift": 0.7}])
+def test_a_probe_is_judged_on_groups_it_never_saw(way: dict[str, Any]) -> None:
     examples = draw_examples(24, told_by="behaviour")
-    found = judge_probe(examples, watch_probe(window=3), QUICK)
+    found = judge_probe(examples, watch_probe(**way), QUICK)
     assert found["groups"] == 24
     assert found["auroc"] > 0.8
     assert 0 <= found["tpr_at_1pct"] <= 1

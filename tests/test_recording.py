@@ -1,6 +1,7 @@
 """Recordings: what monitors make of them, and what is fitted on them."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from specimens import (
     make_entry,
     make_monitor,
     make_policy_file,
+    make_sae,
     watch_everything,
 )
 from torch import Tensor
@@ -225,6 +227,21 @@ def test_a_stage_is_fitted_on_its_own_tokens(stage: str) -> None:
     own = torch.cat([recording.resid[AT][rows] for recording in recordings])
     (entry,) = fit_entries(Reader(policy_file, "p", {}), recordings, {}).values()
     torch.testing.assert_close(entry.statistics["mean"], own.mean(0))
+
+
+def test_an_entry_says_how_scores_were_put_together() -> None:
+    ways: list[dict[str, Any]] = [{}, {"window": 3}, {"drift": 0.5}]
+    monitors = tuple(make_monitor(f"m{i}", **way) for i, way in enumerate(ways))
+    policy_file = make_policy_file({"p": Policy(monitors=monitors)}, saes={"a": AT})
+    reader = Reader(policy_file, "p", {"a": make_sae("topk")})
+    entries = fit_entries(reader, [record(9, 30)], {})
+    assert [(e.window, e.drift) for e in entries.values()] == [
+        (1, None),
+        (3, None),
+        (1, 0.5),
+    ]
+    largest, mean, total = reader.maxima(entries, record(9, 30)).tolist()
+    assert mean < largest < total
 
 
 _PARTS = {
