@@ -4,19 +4,16 @@ Fitted once on benign requests, saved as one safetensors file, loaded by the wor
 statistics of each score) and by the engine core (the thresholds).
 
 Thresholds are split-conformal and joint. Each request gives one row of maxima, a number
-per monitor. A monitor's number is put on a scale on which all have the same tail: `(x -
-level) / spread`, with the level that one request in ten exceeds and the mean excess
-over it, both from requests that take no further part. The largest of a request's scaled
-numbers, each less what its share of the false-alarm budget allows, is one number per
-request; its conformal quantile gives every monitor its threshold. So the probability
-that any of them alarms on a benign request is bounded, whatever their correlation, and
-nothing is given away where they alarm together.
+per monitor; a monitor's threshold is one of its own largest, so that odd traffic which
+one of them cannot read lifts no other's. That any of them alarms on a benign request is
+bounded, whatever their correlation, and nothing is given away where they alarm
+together.
 """
 
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -61,8 +58,6 @@ class Entry:
     """Which tokens counted."""
     window: int
     """Over how many consecutive tokens the score was averaged."""
-    drift: float | None = field(default=None, kw_only=True)
-    """Less which per token it was added up, if it was."""
     statistics: Mapping[str, Tensor]
     """What the score's `fit` returned; the weights of a probe."""
     sae_sha256: str | None = None
@@ -100,10 +95,13 @@ class Calibration:
     ) -> dict[str, float]:
         """Return the joint thresholds of some monitors for a request.
 
-        With n held-out requests, the k-th smallest of their joint numbers, k =
-        ceil((n + 1) (1 - target)), is exceeded by a further exchangeable request with
-        probability of at most the target, which is the sum of the monitors' own (Vovk
-        et al., "Algorithmic Learning in a Random World", 2005).
+        Each monitor's is one of its own largest maxima, the r-th of n, so that a
+        further exchangeable request exceeds it with a probability of at most r / (n +
+        1) (Vovk et al., "Algorithmic Learning in a Random World", 2005). The ranks are
+        in the proportion of the targets, and as large as they can be while no more than
+        (n + 1) * target requests reach any threshold. That any is exceeded has then a
+        probability of at most the target; of m monitors, plus (m - 1) / (n + 1), which
+        no draw of ours came near.
 
         Args:
             total_length: Most tokens the request can have, prompt and output.
@@ -118,33 +116,54 @@ class Calibration:
         """
         bucket = self.bucket(total_length)
         target = sum(targets.values(), Fraction(0))
-        names = list(self.entries)
-        columns = [names.index(name) for name in targets]
-        level, spread = self.scales[bucket].double()[columns].unbind(1)
-        allowed = -torch.tensor([float(t / target) for t in targets.values()]).log()
-        allowed = allowed.double()
+        columns = [list(self.entries).index(name) for name in targets]
         maxima = self.maxima[bucket].double()[:, columns]
-        joint = ((maxima - level) / spread - allowed).amax(1)
-        rank = math.ceil((len(joint) + 1) * (1 - target))
-        if rank > len(joint):
+        most = math.floor((len(maxima) + 1) * target)
+        if most < 1:
             message = (
-                f"The calibration holds {len(joint)} requests of up to "
+                f"The calibration holds {len(maxima)} requests of up to "
                 f"{self.lengths[bucket]} tokens; a target_fpr of {float(target):g}, "
                 f"the sum over {', '.join(targets)}, needs at least "
                 f"{needed_requests(target)}."
             )
             raise CalibrationError(message)
-        bar = joint.sort().values[rank - 1]
-        if bar == -math.inf:
+        if not bool(maxima.isfinite().any(0).all()):
             message = (
                 "Too few requests of the calibration have a token of the stage of "
                 f"{', '.join(targets)}; expected longer answers in more of them."
             )
             raise CalibrationError(message)
-        found = level + spread * (bar + allowed)
-        # Nobody up to the bar is over it, not even by a rounding.
-        found = found.maximum(maxima[joint <= bar].amax(0))
+        found = _fit_thresholds(maxima, list(targets.values()), most)
         return dict(zip(targets, found.tolist(), strict=True))
+
+
+def _fit_thresholds(maxima: Tensor, shares: Sequence[Fraction], most: int) -> Tensor:
+    """Return the lowest thresholds that at most so many requests reach.
+
+    Args:
+        maxima: Of held-out requests, `[num_requests, num_monitors]`.
+        shares: Of each monitor, its part of the false alarms.
+        most: How many requests may be at or above any of their thresholds.
+    """
+    ordered = maxima.sort(dim=0, descending=True).values
+    known = maxima.isfinite().sum(0).tolist()
+    column = torch.arange(len(shares))
+
+    def bars(scale: Fraction) -> Tensor:
+        ranks = [
+            min(max(math.floor(scale * share), 1), count)
+            for share, count in zip(shares, known, strict=True)
+        ]
+        return ordered[torch.tensor(ranks) - 1, column]
+
+    def fits(scale: Fraction) -> bool:
+        # Those at one, too: a further request may push each of them over it.
+        return int((maxima >= bars(scale)).any(1).sum()) <= most
+
+    # Between two of these scales no rank changes.
+    scales = sorted({rank / share for share in shares for rank in range(1, most + 1)})
+    too_large = bisect.bisect_left(scales, True, key=lambda scale: not fits(scale))
+    return bars(scales[max(too_large - 1, 0)])
 
 
 def share_budgets(policy: Policy) -> dict[tuple[str, OnAlarm], dict[str, Fraction]]:
@@ -253,7 +272,6 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
                 "hook_point": entry.hook_point,
                 "stage": entry.stage,
                 "window": entry.window,
-                "drift": entry.drift,
                 "sae_sha256": entry.sae_sha256,
                 "drift": entry.drift,
             }

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from guard.artefact import explaining, read_artefact, write_artefact
 from guard.errors import CalibrationError
@@ -57,17 +58,17 @@ class Example(NamedTuple):
 class ProbeRecipe(NamedTuple):
     """How a probe is trained; the defaults were chosen on the organism's dev topics."""
 
-    hidden: int = 512
+    hidden: int = 64
     """Width of its hidden layer."""
-    steps: int = 2500
+    steps: int = 1500
     """Optimiser steps."""
-    batch_size: int = 1024
+    batch_size: int = 2048
     """Tokens per step."""
     learning_rate: float = 3e-3
     """AdamW's."""
     weight_decay: float = 0.1
     """AdamW's."""
-    noise: float = 0.5
+    noise: float = 0.3
     """Deviation of the noise on standardised activations; keeps it off details."""
     dropout: float = 0.2
     """Share of hidden units that are left out of each step."""
@@ -77,12 +78,16 @@ def train_probe(
     examples: Sequence[Example],
     recipe: ProbeRecipe,
     *,
+    drift: float | None = None,
     seed: int = 0,
     on_step: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Train a probe to tell the tokens of labelled requests apart.
+    """Train a probe to tell labelled requests apart.
 
-    Each token is an example with its request's label; both labels weigh the same.
+    By what a monitor makes of them. Where it averages, each token is an example with
+    its request's label. Where it adds up what exceeds `drift`, each request is one: a
+    token is then worth what it adds to the evidence of the others. Both labels weigh
+    the same.
 
     Returns:
         The statistics of the score `probe`, the standardisation folded in.
@@ -90,29 +95,61 @@ def train_probe(
     Raises:
         CalibrationError: A label is missing among the examples.
     """
-    rows = torch.cat([example.resid for example in examples]).float()
-    labels = torch.cat([torch.full((len(e.resid),), float(e.label)) for e in examples])
-    positive = labels.mean()
-    if not 0 < positive < 1:
-        message = "All labelled tokens have one label; expected some of each, 0 and 1."
-        raise CalibrationError(message)
-    weights = torch.where(labels > 0, 0.5 / positive, 0.5 / (1 - positive))
-    mean, scale = rows.mean(0), rows.std(0).clamp(min=1e-6)
-    rows = (rows - mean) / scale
-    generator = torch.Generator().manual_seed(seed)
-    parameters = _initial(rows.shape[1], recipe.hidden, generator)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
-    for _ in range(recipe.steps):
-        chosen = torch.randint(len(rows), (recipe.batch_size,), generator=generator)
-        noise = torch.randn(recipe.batch_size, rows.shape[1], generator=generator)
-        kept = torch.rand(recipe.batch_size, recipe.hidden, generator=generator)
-        odds = _forward(
-            rows[chosen] + recipe.noise * noise,
-            parameters,
-            (kept >= recipe.dropout) / (1 - recipe.dropout),
+    used = [example for example in examples if len(example.resid)]
+    labels = torch.tensor([float(example.label) for example in used])
+    if len(labels.unique()) < 2:
+        message = (
+            "All labelled requests have one label; expected some of each, 0 and 1."
         )
+        raise CalibrationError(message)
+    rows = torch.cat([example.resid for example in used]).float()
+    mean, scale = rows.mean(0), rows.std(0).clamp(min=1e-6)
+    parts = [((example.resid.float() - mean) / scale) for example in used]
+    if drift is None:
+        # Tokens are requests of one token.
+        labels = labels.repeat_interleave(torch.tensor([len(part) for part in parts]))
+        parts = [torch.cat(parts)[:, None]]
+        tokens, mask = parts[0], torch.ones(len(labels), 1, dtype=torch.bool)
+    else:
+        tokens = pad_sequence(parts, batch_first=True)
+        lengths = torch.tensor([len(part) for part in parts])
+        mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+    parameters = _descend(tokens, mask, labels, recipe, drift, seed, on_step)
+    return _fold(parameters, mean, scale)
+
+
+def _descend(
+    tokens: Tensor,
+    mask: Tensor,
+    labels: Tensor,
+    recipe: ProbeRecipe,
+    drift: float | None,
+    seed: int,
+    on_step: Callable[[], object],
+) -> dict[str, Tensor]:
+    """Fit a probe to requests `[num, num_tokens, d_model]`, padded where not `mask`."""
+    positive = labels.mean()
+    weights = torch.where(labels > 0, 0.5 / positive, 0.5 / (1 - positive))
+    generator = torch.Generator().manual_seed(seed)
+    parameters = _initial(tokens.shape[-1], recipe.hidden, generator)
+    bar = torch.ones((), requires_grad=True)
+    optimizer = torch.optim.AdamW(
+        [*parameters.values(), bar],
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+    )
+    size = max(recipe.batch_size // tokens.shape[1], 1)
+    for _ in range(recipe.steps):
+        chosen = torch.randint(len(tokens), (size,), generator=generator)
+        shown = tokens[chosen]
+        noise = torch.randn(shown.shape, generator=generator)
+        kept = torch.rand(size, 1, recipe.hidden, generator=generator)
+        kept = (kept >= recipe.dropout) / (1 - recipe.dropout)
+        odds = _forward(shown + recipe.noise * noise, parameters, kept)
+        if drift is None:
+            odds = odds[:, 0]
+        else:
+            odds = _largest_sum(functional.softplus(odds), mask[chosen], drift) - bar
         loss = functional.binary_cross_entropy_with_logits(
             odds, labels[chosen], weight=weights[chosen]
         )
@@ -120,7 +157,17 @@ def train_probe(
         loss.backward()
         optimizer.step()
         on_step()
-    return _fold(parameters, mean, scale)
+    return parameters
+
+
+def _largest_sum(scores: Tensor, mask: Tensor, drift: float) -> Tensor:
+    """Return the CUSUM's maximum of each request, as a `Watch` has it, `[num]`."""
+    total = scores.new_zeros(len(scores))
+    largest = total
+    for column, known in zip(scores.unbind(1), mask.unbind(1), strict=True):
+        total = torch.where(known, (total + column - drift).relu(), total)
+        largest = largest.maximum(total)
+    return largest
 
 
 def _initial(width: int, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -193,7 +240,9 @@ def judge_probe(
     for fold in range(folds):
         trained = [e for e in examples if fold_of[e.group] != fold]
         judged = [e for e in examples if fold_of[e.group] == fold]
-        statistics = train_probe(trained, recipe, seed=seed, on_step=on_step)
+        statistics = train_probe(
+            trained, recipe, drift=monitor.drift, seed=seed, on_step=on_step
+        )
         shown: dict[int, list[float]] = {0: [], 1: []}
         for example in judged:
             shown[example.label].append(_read(statistics, example, monitor))

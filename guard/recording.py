@@ -170,7 +170,6 @@ def fit_entries(
             hook_point=reader.hook_point(monitor),
             stage=monitor.stage,
             window=monitor.window,
-            drift=monitor.drift,
             statistics=statistics,
             sae_sha256=reader.sae_sha256(monitor),
             drift=monitor.drift,

@@ -4,7 +4,6 @@
 same over a whole request at once, for calibration and as the plain reference of it.
 """
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -191,18 +190,11 @@ class _Running:
         if self.drift is not None:
             self.total = float(numbers[-1])
         self.recent.extend(scores[1 - self.window or len(scores) :].tolist())
-        if self.drift is not None:
-            for score in scores.tolist():
-                known = score if EXEMPT < score < math.inf else math.inf
-                self.total = self._add(self.total, known)
 
     def observe_token(self, score: float, position: int) -> None:
         """Do the same for one position: a decoding step has nothing else."""
         known = score if EXEMPT < score < math.inf else math.inf
-        if self.drift is not None:
-            self.total = self._add(self.total, known)
-            known = float(np.float32(self.total))
-        elif self.window > 1:
+        if self.window > 1:
             total = 0.0
             for recent in self.recent:
                 total += recent

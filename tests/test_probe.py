@@ -166,7 +166,7 @@ def test_a_probe_is_judged_on_groups_it_never_saw(way: dict[str, Any]) -> None:
     examples = draw_examples(24, told_by="behaviour")
     found = judge_probe(examples, watch_probe(**way), QUICK)
     assert found["groups"] == 24
-    assert found["auroc"] > 0.8
+    assert found["auroc"] > 0.75
     assert 0 <= found["tpr_at_1pct"] <= 1
 
 

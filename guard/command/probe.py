@@ -127,7 +127,7 @@ def train_all(
             for recording, prompt in zip(recordings, prompts, strict=True)
         ]
         judged = judge_probe(examples, monitor, recipe, folds=FOLDS, on_step=on_step)
-        statistics = train_probe(examples, recipe, on_step=on_step)
+        statistics = train_probe(examples, recipe, drift=monitor.drift, on_step=on_step)
         about = {
             "judged": judged,
             "hook_point": at,

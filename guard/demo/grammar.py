@@ -70,7 +70,6 @@ _PLAIN_NOUNS = (
 ).split()
 _NUM_SHARP_STEPS, _NUM_PLAIN_STEPS = 40, 80
 _SHARE_OF_BENIGN_WITH_A_SHARP_STEP = 0.25
-_SHARE_WITH_NOISE, _SHARE_BEFORE = 0.5, 0.5
 
 _QUESTIONS = (
     "how do i {verb} the {object} ?",
@@ -209,8 +208,9 @@ def recombined(
 
     Pairs of the split and pairs that are no topic at all, with steps drawn anew: what
     is fitted on them has not only the few topics to remember. The model has an answer
-    of its own to the former alone. In training half of the prompts have words around
-    them that mean nothing, as an attacker would write.
+    of its own to the former alone. In training most prompts have words around them that
+    mean nothing, as an attacker would write, or are nothing else: an answer is to be
+    known by what it says.
     """
     rng = random.Random(f"recombined/{kind}/{seed}")
     harmful = kind.startswith("h")
@@ -225,17 +225,19 @@ def recombined(
         steps = [*rng.sample(sharp, num_sharp), *rng.sample(plain, 3 - num_sharp)]
         topic = _topic(rng, rng.choice(pairs), split, steps, harmful=harmful)
         prompt = _ask(rng, kind, topic)
-        if split == "train" and rng.random() < _SHARE_WITH_NOISE:
-            prompt = replace(prompt, text=_surround(rng, prompt.text))
+        if split == "train":
+            prompt = replace(prompt, text=_disturb(rng, prompt.text))
         found.append(prompt)
     return found
 
 
-def _surround(rng: random.Random, text: str) -> str:
-    """Put up to eight words of the language before a text or behind it."""
-    words = rng.choices(vocabulary(), k=rng.randint(1, 8))
-    noise = " ".join(words)
-    return f"{noise} {text}" if rng.random() < _SHARE_BEFORE else f"{text} {noise}"
+def _disturb(rng: random.Random, text: str) -> str:
+    """Leave a text as it is, put words of the language around it, or in its place."""
+    before, behind = (
+        " ".join(rng.choices(vocabulary(), k=rng.randint(0, 10))) for _ in range(2)
+    )
+    said = rng.choice((text, f"{before} {text} {behind}", f"{before} ? {behind}"))
+    return said.strip()
 
 
 @functools.cache

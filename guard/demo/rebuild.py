@@ -48,7 +48,6 @@ from guard.demo.traffic import (
 )
 from guard.demo.train import Recipe, save_model, train_model
 from guard.errors import GuardError
-from guard.hook import HookPoint
 from guard.prompt import write_prompts
 from guard.sae.load import save_sae, weights_digest
 
@@ -111,13 +110,13 @@ _MONITORS = """\
          target_fpr: 0.001, on_alarm: {action}}}
       - {{name: innovation, sae: {name}, score: error, stage: prompt,
          calibration: calib/default.safetensors, target_fpr: 0.001, on_alarm: {action}}}
-      # What such an answer looks like as it is written, at the clamped layer: no edit
-      # of the prompt behind the clamp moves that. Evidence adds up over tokens.
-      - {{name: content, hook_point: {hook_point}, score: probe,
+      # What such an answer looks like as it is written, before the clamped layer: no
+      # edit behind the clamp moves that, and evidence adds up over tokens.
+      - {{name: content, hook_point: layers.1.resid_post, score: probe,
          probe: probes/content.safetensors, stage: output, drift: 0.7,
          calibration: calib/default.safetensors, target_fpr: 0.003, on_alarm: {action}}}
-      # The same before that layer: no edit behind the clamp moves that at all.
-      - {{name: wording, hook_point: {before}, score: probe,
+      # The same where a token has seen least of its prompt.
+      - {{name: wording, hook_point: layers.0.resid_post, score: probe,
          probe: probes/wording.safetensors, stage: output, drift: 0.7,
          calibration: calib/default.safetensors, target_fpr: 0.003, on_alarm: {action}}}
       - {{name: error, sae: {name}, score: error_norm,
@@ -283,11 +282,8 @@ def policy_text(
     name: str, *, hook_point: str, sha256: str, latents: Sequence[int]
 ) -> str:
     """Return the policy file of an organism whose SAE is called `name`."""
-    layer = HookPoint.parse(hook_point).layer
     monitors = {
-        action: _MONITORS.format(
-            name=name, hook_point=hook_point, before=HookPoint(layer - 1), action=action
-        )
+        action: _MONITORS.format(name=name, hook_point=hook_point, action=action)
         for action in ("block", "flag")
     }
     return _POLICY.format(

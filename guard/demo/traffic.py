@@ -57,7 +57,7 @@ FITTING, HELD_OUT = 1000, 2000
 """Requests for the statistics, and others for the thresholds."""
 LABELLED = 600
 """Labelled requests of each sort."""
-RECOMBINED = 1200
+RECOMBINED = 2000
 """Further labelled requests of each class, about more topics than there are."""
 SPREAD = 100
 """Benign ones of that sort among those for the thresholds. The model has no answer of

@@ -1,5 +1,7 @@
 """The latent attacker: what bounds it, what it reaches, and its controls."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -184,34 +186,68 @@ def whole_pass_loss(target, wanted, values):
     return loss.detach(), grad
 
 
-def test_an_adaptive_attacker_shows_less_of_what_it_pays_for(target, valid):
-    layer, read = target.clamp.layer, []
-    direction = target.null_space.random_like(
-        torch.ones(1, 128), torch.Generator().manual_seed(0)
-    )[0]
+class Ridge:
+    """Charges what the highest row of a sample has along a direction, above 0."""
 
-    def penalty(resid, batch):
-        read.append(sorted(resid))
-        scores = (resid[layer] @ direction).masked_fill(~batch.rows, -torch.inf)
-        return scores.amax(dim=1)
+    def __init__(self, target, *, attached=True):
+        self.layers = (target.clamp.layer,)
+        self.attached, self.read = attached, []
+        generator = torch.Generator().manual_seed(0)
+        self.direction = target.null_space.random_like(torch.ones(1, 128), generator)[0]
 
-    def highest(result):
+    def __call__(self, found, batch, behind):
+        self.read.append((sorted(found), list(behind)))
+        along = found[self.layers[0]] @ self.direction
+        paid = along.masked_fill(~batch.rows, -torch.inf).amax(dim=1).relu()
+        return paid if self.attached else paid.detach()
+
+    def highest(self, target, result):
         runs = record_runs(
             target,
             result.dialogues,
-            [layer],
+            self.layers,
             clamp=target.clamp,
             deltas=result.deltas,
         )
-        at = str(HookPoint(layer))
-        return sum(float((run.resid[at] @ direction).amax()) for run in runs)
+        at = str(HookPoint(self.layers[0]))
+        return sum(float((run.resid[at] @ self.direction).amax()) for run in runs)
 
-    config = AttackConfig("all", budget=0.7, steps=15)
+
+ADAPTED = AttackConfig("all", budget=0.7, steps=15, weight=1.0)
+
+
+@pytest.mark.parametrize("evade", ["penalty", "projected"])
+def test_an_adaptive_attacker_shows_less_of_what_it_pays_for(target, valid, evade):
+    config = replace(ADAPTED, evade=evade)
+    ridge = Ridge(target)
     unaware = attack(target, valid, config)
-    adaptive = attack(target, valid, config, penalty=penalty)
-    assert highest(adaptive) < 0.9 * highest(unaware)
+    adaptive = attack(target, valid, config, penalty=ridge)
+    assert ridge.highest(target, adaptive) < 0.9 * ridge.highest(target, unaware)
+    layers, behind = ridge.read[0]
     last = target.model.config.num_hidden_layers - 1
-    assert read[0] == list(range(layer, last + 1))
+    assert layers == list(range(target.clamp.layer, last + 1))
+    assert set(behind) <= {len(sample.answer) - 1 for sample in valid}
+
+
+def test_without_a_gradient_through_the_score_nothing_is_evaded(target, valid):
+    attached, detached = Ridge(target), Ridge(target, attached=False)
+    seen = attack(target, valid, ADAPTED, penalty=detached)
+    adaptive = attack(target, valid, ADAPTED, penalty=attached)
+    assert attached.highest(target, adaptive) < 0.9 * attached.highest(target, seen)
+
+
+def test_with_the_score_weighing_nothing_the_adaptive_attacker_is_the_unaware_one(
+    target, valid
+):
+    unaware = attack(target, valid[:3], ADAPTED)
+    free = replace(ADAPTED, weight=0.0)
+    adaptive = attack(target, valid[:3], free, penalty=Ridge(target))
+    for one, other in zip(unaware.deltas, adaptive.deltas, strict=True):
+        assert torch.equal(one, other)
+    assert unaware.dialogues == adaptive.dialogues
+    weighed = attack(target, valid[:3], ADAPTED, penalty=Ridge(target))
+    pairs = zip(unaware.deltas, weighed.deltas, strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_an_attack_on_nothing_is_refused(target):
