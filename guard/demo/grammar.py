@@ -214,8 +214,7 @@ def recombined(
     """
     rng = random.Random(f"recombined/{kind}/{seed}")
     harmful = kind.startswith("h")
-    own = [(t.verb, t.object) for t in _topics_of(harmful, (split,))]
-    pairs = [*own, *_spare_pairs(harmful)[split]]
+    pairs = _recombined_pairs() if split == "train" else _spare_pairs(harmful)[split]
     sharp, plain = _steps(random.Random(GRAMMAR_SEED))
     found = []
     for _ in range(n):
@@ -238,6 +237,17 @@ def _disturb(rng: random.Random, text: str) -> str:
     )
     said = rng.choice((text, f"{before} {text} {behind}", f"{before} ? {behind}"))
     return said.strip()
+
+
+@functools.cache
+def _recombined_pairs() -> list[tuple[str, str]]:
+    """Return the pairs of training, those of topics and spare ones, of all classes.
+
+    For every class the same: what is harmful of an answer are then its steps alone.
+    """
+    own = [(t.verb, t.object) for t in topics() if t.split == "train"]
+    spare = (_spare_pairs(harmful)["train"] for harmful in (False, True))
+    return [*own, *itertools.chain.from_iterable(spare)]
 
 
 @functools.cache

@@ -224,7 +224,8 @@ def load_subject(
     """
     policy_file = load_policy(policy_path)
     policy = policy_file.policies[name]
-    if not policy.monitors or policy.mode != "enforce":
+    blocks = any(monitor.on_alarm == "block" for monitor in policy.monitors)
+    if not blocks or policy.mode != "enforce":
         message = (
             f"Policy {name!r} stops nothing; expected mode: enforce and monitors that "
             "block."

@@ -1,0 +1,182 @@
+"""A certificate: made in parts, the same again, and found out when it was changed."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from guard.certificate import certificate_id, read_certificate
+from guard.errors import CertificateError
+from guard.redteam import certify as certify_module
+from guard.redteam.certificate import Certificate, Rate
+from guard.redteam.certify import Plan, certify, crossing, verify
+
+ABOUT = {
+    "machine": {"cpu": "a"},
+    "versions": {"python": "3"},
+    "commit": None,
+    "command": "guard certify",
+}
+SMALL = Plan(
+    samples=6,
+    benign=20,
+    budgets=(0.4, 1.0),
+    steps=3,
+    restarts=1,
+    queries=8,
+    lengths=(32,),
+    shares=(0.5,),
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certify_module, "PRESETS", {"quick": SMALL})
+        yield
+
+
+def make(subject, work, *, seed=0):
+    progress = Progress(console=Console(file=io.StringIO()))
+    return certify(
+        subject,
+        "quick",
+        seed=seed,
+        client=None,
+        work=work,
+        about=ABOUT,
+        progress=progress,
+    )
+
+
+@pytest.fixture(scope="module")
+def certificate(subject, small, tmp_path_factory):
+    return make(subject, tmp_path_factory.mktemp("certify") / "parts")
+
+
+def test_every_attacker_and_control_is_in_it(certificate):
+    cells = {(cell.position, cell.budget) for cell in certificate.cells}
+    assert cells == {(at, b) for at in ("last", "all", "every") for b in SMALL.budgets}
+    for cell in certificate.cells:
+        assert [row.attacker for row in cell.rows] == ["unaware", "adaptive"]
+        assert len({control.control for control in cell.controls}) == 3
+        assert cell.leak < 1e-5
+        for row in cell.rows:
+            assert row.undetected.hits <= row.undetected.count
+        assert cell.rows[1].undetected.hits >= cell.rows[0].undetected.hits
+    searches = [(row.search, row.attacker) for row in certificate.prompts]
+    assert len(searches) == len(set(searches)) == 5
+    assert certificate.controls["delta_zero"] == 0
+    assert certificate.deployments
+    assert certificate.benign.exact.count == 20
+
+
+def test_its_id_is_that_of_its_content_and_a_server_reads_it(certificate, tmp_path):
+    content = certificate.model_dump(mode="json")
+    assert certificate.id == certificate_id(content)
+    path = tmp_path / "certificate.json"
+    path.write_text(json.dumps(content, indent=1))
+    assert read_certificate(path).id == certificate.id
+    assert Certificate.model_validate_json(path.read_bytes()) == certificate
+
+
+def test_the_same_seed_gives_every_number_again(subject, small, certificate, tmp_path):
+    again = make(subject, tmp_path / "parts")
+    assert again.cells == certificate.cells
+    assert again.prompts == certificate.prompts
+    assert again.replay == certificate.replay
+    assert again.deployments == certificate.deployments
+    other = make(subject, tmp_path / "others", seed=1)
+    assert other.prompts != certificate.prompts
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    subject, small, certificate, tmp_path, monkeypatch
+):
+    made = []
+    run_cell = certify_module.run_cell
+
+    def interrupted(subject, position, budget, **arguments):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append((position, budget))
+        return run_cell(subject, position, budget, **arguments)
+
+    monkeypatch.setattr(certify_module, "run_cell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(subject, tmp_path / "parts")
+    before = made[:]
+
+    def resumed(subject, position, budget, **arguments):
+        made.append((position, budget))
+        return run_cell(subject, position, budget, **arguments)
+
+    monkeypatch.setattr(certify_module, "run_cell", resumed)
+    assert make(subject, tmp_path / "parts").cells == certificate.cells
+    assert len(made) == len(set(made)) == len(certificate.cells)
+    assert made[:2] == before
+    assert not (tmp_path / "parts").exists()
+
+
+def test_what_was_not_changed_holds(subject, small, certificate):
+    assert verify(certificate, subject, rows=6) == []
+
+
+def renumber(certificate):
+    content = certificate.model_dump(mode="json")
+    return certificate.model_copy(update={"id": certificate_id(content)})
+
+
+def test_a_changed_number_is_found_whatever_was_changed_with_it(
+    subject, small, certificate
+):
+    cell = certificate.cells[0]
+    row = cell.rows[1]
+    better = Rate.of(row.undetected.hits + 1, row.undetected.count)
+    rows = (cell.rows[0], row.model_copy(update={"undetected": better}))
+    cells = (cell.model_copy(update={"rows": rows}), *certificate.cells[1:])
+    changed = certificate.model_copy(update={"cells": cells})
+    assert "changed since" in verify(changed, subject, rows=0)[0]
+    headline = certify_module.summarise(cells, certificate.prompts)
+    forged = renumber(changed.model_copy(update={"headline": headline}))
+    assert verify(forged, subject, rows=0) == []
+    (found,) = verify(forged, subject, rows=len(cells))
+    assert "come out otherwise" in found
+
+
+def test_a_headline_that_its_rows_do_not_bear_out_is_found(subject, small, certificate):
+    headline = certificate.headline.model_copy(update={"sentence": "All is well."})
+    changed = renumber(certificate.model_copy(update={"headline": headline}))
+    assert verify(changed, subject, rows=0)[0].startswith("Its headline says sentence")
+
+
+def test_a_certificate_of_another_policy_is_found(subject, small, certificate):
+    other = replace(subject, name="watch")
+    found = verify(certificate, other, rows=0)
+    assert any("policy_fingerprint" in one for one in found)
+
+
+@pytest.mark.parametrize(
+    ("points", "level", "budget"),
+    [
+        ([(0.1, 0.0), (0.2, 1.0)], 0.5, 0.15),
+        ([(0.2, 1.0)], 0.5, 0.1),
+        ([(0.1, 0.2), (0.2, 0.4)], 0.5, None),
+        ([(0.1, 0.6), (0.2, 0.1)], 0.5, 0.5 / 6),
+    ],
+)
+def test_a_level_is_crossed_where_a_line_between_the_points_does(points, level, budget):
+    found = crossing(points, level)
+    assert found == (None if budget is None else pytest.approx(budget))
+
+
+def test_a_server_of_another_policy_is_refused(certificate):
+    class Other:
+        def call(self, path):
+            return {"policies": {"default": {"fingerprint": "ab" * 32}}}
+
+    with pytest.raises(CertificateError, match="runs policy 'default' of fingerprint"):
+        certify_module.check_server(Other(), certificate.subject)
