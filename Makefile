@@ -37,6 +37,10 @@ bench: .venv/.ready build/organism-1
 	$(bin)/python -m benchmarks.streams
 	$(bin)/python -m benchmarks.false_alarms
 	$(bin)/python -m benchmarks.detection --organism build/organism-1
+	$(bin)/guard certify --policy guard/demo/organism/policy.yaml \
+		--output benchmarks/results/certificate.json
+	$(bin)/guard certify --policy build/organism-1/policy.yaml \
+		--output benchmarks/results/certificate-1.json
 
 # Another model and SAE: what is claimed of monitors is not about one seed.
 build/organism-1: | .venv/.ready
