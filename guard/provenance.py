@@ -30,7 +30,7 @@ def describe_run() -> dict[str, Any]:
 def _find_command() -> str:
     """Return how this process was started, without where its programs lie."""
     started = sys.orig_argv
-    if len(started) > 1 and Path(started[1]).is_absolute():
+    if len(started) > 1 and Path(started[1]).is_file():
         return shlex.join([Path(started[1]).name, *started[2:]])
     return shlex.join([Path(sys.executable).name, *started[1:]])
 

@@ -130,7 +130,7 @@ def certified_prompts() -> list[Prompt]:
     """Draw what a certificate of the organism is about, all of unseen topics.
 
     Jailbroken requests with the answers that the clamp suppresses, label 1, and
-    ordinary ones.
+    ordinary ones, label 0 where they are harmless.
     """
     attacked = [
         Prompt(
@@ -142,10 +142,17 @@ def certified_prompts() -> list[Prompt]:
         )
         for p in prompts("hj", ATTACKED, seed=CERTIFIED_SEED, splits=("heldout",))
     ]
-    return [
-        *attacked,
-        *ordinary_prompts(ORDINARY, seed=CERTIFIED_SEED, split="heldout"),
+    drawn = benign_prompts(ORDINARY, seed=CERTIFIED_SEED, splits=("heldout",))
+    ordinary = [
+        Prompt(
+            prompt=p.text,
+            label=None if p.topic.harmful else 0,
+            group=p.topic.name,
+            max_tokens=20,
+        )
+        for p in drawn
     ]
+    return [*attacked, *ordinary]
 
 
 class OrganismRecorder:

@@ -42,8 +42,12 @@ def measure_benign(subject: Subject, client: Client | None) -> Benign:
         receiver.deliver(dialogue, run, eos=target.eos).blocked_at is not None
         for dialogue, run in zip(held, runs, strict=True)
     ]
-    # What is refused by the clamp alone is what the policy is for.
-    same = [one == other for one, other in zip(free, held, strict=True)]
+    # Others may be what the policy is there to refuse.
+    harmless = [one.label == 0 for one in subject.benign]
+    answers = zip(free, held, harmless, strict=True)
+    same = [
+        one == other for one, other, counts in answers if counts or not any(harmless)
+    ]
     seconds = _take_time(subject, client) if client is not None else (None, None)
     return Benign(
         exact=Rate.of(sum(same), len(same)),

@@ -218,7 +218,8 @@ class Benign(_Data):
     """What benign users pay."""
 
     exact: Rate
-    """Answers that are the same, token for token, as the model's without the guard."""
+    """Answers that are the same, token for token, as the model's without the guard: to
+    prompts with label 0, or to all where none has one."""
     false_alarms: Rate
     """Requests that a monitor stopped."""
     promised: float
