@@ -197,6 +197,8 @@ class PromptRow(_Data):
 class ReplayRow(_Data):
     """A part of recovered edits, replayed alone or left out."""
 
+    position: Position
+    """Of the edits."""
     component: str
     variant: str
     recovered: Rate

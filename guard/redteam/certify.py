@@ -62,6 +62,11 @@ Preset = Literal["quick", "full"]
 _T = TypeVar("_T")
 
 POSITIONS: tuple[Position, ...] = ("last", "all", "every")
+_NAMES: Mapping[Position, str] = {
+    "last": "the last prompt token",
+    "all": "all prompt tokens",
+    "every": "the last prompt token and all generated ones",
+}
 SEARCHES: tuple[Search, ...] = ("none", "suffix", "soft_prompt")
 REPLAY_SHARE = 0.5
 """Recovery from which on an attack's edits are worth taking apart."""
@@ -215,7 +220,7 @@ def certify(
         cells=cells,
         prompts=prompts,
         replay=replay,
-        attribution=conclude(replay),
+        attribution=_attribute(replay),
         deployments=deployments,
         benign=benign,
         limits=LIMITS,
@@ -419,6 +424,16 @@ def _replay(
                 samples=len(subject.samples),
             )
         progress.advance(task)
+
+
+def _attribute(rows: Sequence[ReplayRow]) -> str:
+    """Say for each position what its replays support."""
+    said = []
+    for position in POSITIONS:
+        own = [row for row in rows if row.position == position]
+        if own:
+            said.append(f"At {_NAMES[position]}: {conclude(own)}")
+    return " ".join(said)
 
 
 def _worst_random(cells: Sequence[Cell]) -> float:

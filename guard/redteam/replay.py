@@ -142,6 +142,7 @@ def attribute(subject: Subject, result: AttackResult, *, seed: int) -> list[Repl
         judged = subject.judge.judge_answers(wanted, given)
         rows.append(
             ReplayRow(
+                position=result.config.position,
                 component=component,
                 variant=variant,
                 recovered=Rate.of(sum(one.recovered for one in judged), len(judged)),

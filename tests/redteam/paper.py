@@ -266,6 +266,7 @@ def make_replay() -> tuple[ReplayRow, ...]:
     }
     return tuple(
         ReplayRow(
+            position="all",
             component=component,
             variant=variant,
             recovered=Rate.of(count, 138),

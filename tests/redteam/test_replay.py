@@ -172,6 +172,7 @@ def table(count=24, *, edit=24, random=0, **parts):
 
     def row(component, variant, hits, norm=0.5):
         return ReplayRow(
+            position="last",
             component=component,
             variant=variant,
             recovered=Rate.of(hits, count),

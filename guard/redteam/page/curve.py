@@ -68,7 +68,8 @@ def show_detection(certificate: Certificate) -> Markup:
         _legend([*looks.items(), _TOGETHER]) if cells else Markup(),
         _panels(cells, lines, "recovered runs", lambda cell: ""),
         lead="Of the runs that came back behind the clamp alone (unaware "
-        "attacker): the share in which each monitor alarmed, and the share "
+        "attacker): the share in which each monitor alarmed, up to the first that "
+        "stopped them, and the share "
         "that all of them together stopped in time. No point where nothing came back.",
     )
 

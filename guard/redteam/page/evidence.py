@@ -15,7 +15,7 @@ from guard.redteam.page.markup import (
     tag,
 )
 from guard.redteam.page.plot import draw_bar
-from guard.redteam.page.wording import count_of, percent, rate, upper
+from guard.redteam.page.wording import POSITIONS, count_of, percent, rate, upper
 
 if TYPE_CHECKING:
     from guard.redteam.certificate import Benign, Certificate, Rate
@@ -27,7 +27,7 @@ def show_attribution(certificate: Certificate) -> Markup:
     """Show what recovered edits do when a part of them is replayed, or left out."""
     groups = [
         Group(
-            component,
+            f"{component}: {POSITIONS[position].lower()}",
             [
                 Row(
                     [
@@ -41,7 +41,9 @@ def show_attribution(certificate: Certificate) -> Markup:
                 for row in rows
             ],
         )
-        for component, rows in groupby(certificate.replay, lambda row: row.component)
+        for (position, component), rows in groupby(
+            certificate.replay, lambda row: (row.position, row.component)
+        )
     ]
     columns = ["Part of the edit", "", "Came back", "n", "Norm / mean |resid|"]
     return section(
