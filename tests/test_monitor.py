@@ -219,10 +219,6 @@ def judge_plainly(
     ]
     largest, where, alarm, total = -math.inf, None, None, 0.0
     for number, position in enumerate(positions):
-        score = scores[position]
-        if not math.isfinite(score) or score == EXEMPT:
-            score = math.inf
-        total = max(0.0, total + score - (monitor.drift or 0.0))
         window = positions[max(0, number + 1 - monitor.window) : number + 1]
         values = [scores[i] for i in window]
         known = sum(values) / len(values)
@@ -242,12 +238,6 @@ def judge_plainly(
 USUAL = st.floats(-8, 8, width=32)
 SICK = st.sampled_from([*POISON, EXEMPT])
 CHUNKS = st.sampled_from([1, 1, 2, 3, 7])
-WAYS = [{"window": width} for width in (1, 2, 3, 5, 64)] + [
-    {"drift": 0.5},
-    {"drift": 3},
-]
-
-
 WAYS = st.sampled_from(
     [{"window": window} for window in (1, 2, 3, 5, 64)]
     + [{"drift": drift} for drift in (0.1, 0.25, 3.0)]
