@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers.utils import logging as transformers_logging
 
-from guard.calibration import Calibration, load_calibration
+from guard.calibration import Calibration, as_written, load_calibration
 from guard.command.calibrate import find_path
 from guard.demo.grammar import prompts
 from guard.demo.measure import ORGANISM
@@ -81,7 +81,7 @@ class Judge:
         names = list(calibration.entries)
         alone = [calibration.thresholds(length, targets={n: TARGET})[n] for n in names]
         blocking = {
-            monitor.name: Fraction(str(monitor.target_fpr))
+            monitor.name: as_written(monitor.target_fpr)
             for monitor in reader.policy.monitors
             if monitor.on_alarm == "block"
         }

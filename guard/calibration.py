@@ -36,6 +36,7 @@ __all__ = [
     "fit_scales",
     "load_calibration",
     "needed_requests",
+    "policy_thresholds",
     "save_calibration",
     "share_budgets",
 ]
@@ -180,6 +181,25 @@ def share_budgets(policy: Policy) -> dict[tuple[str, OnAlarm], dict[str, Fractio
         group = groups.setdefault((str(monitor.calibration), monitor.on_alarm), {})
         group[monitor.name] = as_written(monitor.target_fpr)
     return groups
+
+
+def policy_thresholds(
+    policy: Policy, calibrations: Mapping[str, Calibration], total_length: int
+) -> dict[str, float]:
+    """Return the threshold of each monitor of a policy, by name.
+
+    Args:
+        policy: Whose monitors share their budgets.
+        calibrations: Theirs, by path.
+        total_length: Most tokens the request can have, prompt and output.
+
+    Raises:
+        CalibrationError: A calibration holds too few requests.
+    """
+    found: dict[str, float] = {}
+    for (path, _), targets in share_budgets(policy).items():
+        found |= calibrations[path].thresholds(total_length, targets=targets)
+    return found
 
 
 def as_written(number: float) -> Fraction:

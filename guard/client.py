@@ -13,7 +13,7 @@ from guard.errors import EngineError
 from guard.prompt import Prompt
 from guard.traffic import Told
 
-__all__ = ["Client"]
+__all__ = ["Client", "ask_for"]
 
 _AT_ONCE = 16
 """Requests that are under way at once."""
@@ -100,17 +100,8 @@ class Client:
                 pool.shutdown(cancel_futures=True)
 
     def _ask(self, model: Mapping[str, Any], prompt: Prompt) -> Told:
-        body: dict[str, Any] = {
-            "model": model["id"],
-            "temperature": 0,
-            "max_tokens": prompt.max_tokens,
-            "guard": {**self._policy, "trace": "summary"},
-        }
-        if prompt.text is not None:
-            answer = self.call("/v1/completions", {**body, "prompt": prompt.text})
-        else:
-            body["messages"] = prompt.conversation
-            answer = self.call("/v1/chat/completions", body)
+        guard = {**self._policy, "trace": "summary"}
+        answer = self.call(*ask_for(model["id"], prompt, guard=guard))
         if "guard" not in answer:
             message = (
                 f"{self._url} answers without a verdict; expected a guarded server."
@@ -118,6 +109,27 @@ class Client:
             raise EngineError(message)
         total = answer["usage"]["prompt_tokens"] + prompt.max_tokens
         return Told.of(answer["guard"], min(total, model["max_model_len"]))
+
+
+def ask_for(
+    model: str, prompt: Prompt, *, guard: Mapping[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """Return route and body of a request for a greedy answer.
+
+    Args:
+        model: As the server calls it.
+        prompt: What is asked; raw text goes without a chat template.
+        guard: What is asked of the guard.
+    """
+    body: dict[str, Any] = {
+        "model": model,
+        "temperature": 0,
+        "max_tokens": prompt.max_tokens,
+        "guard": dict(guard),
+    }
+    if prompt.text is not None:
+        return "/v1/completions", {**body, "prompt": prompt.text}
+    return "/v1/chat/completions", {**body, "messages": prompt.conversation}
 
 
 def _words(error: urllib.error.HTTPError) -> str:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from guard.clamp import clamp_resid
@@ -24,6 +23,7 @@ from guard.demo.grammar import KINDS, REFUSAL, SPLITS, Kind, Prompt, Split, prom
 from guard.hook import HookPoint
 from guard.policy import load_policy
 from guard.redteam.forward import Edit
+from guard.redteam.subject import load_transformer
 from guard.sae.load import load_sae
 
 if TYPE_CHECKING:
@@ -118,10 +118,7 @@ def load_model(
     folder: Path,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Load model and tokenizer of an organism folder with transformers."""
-    path = str(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return model.eval().requires_grad_(requires_grad=False), tokenizer
+    return load_transformer(folder / "model")
 
 
 def policy_edit(folder: Path, *, policy: str = "default") -> Edit | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from guard.client import ask_for
 from guard.redteam.certificate import Benign, Rate
 from guard.redteam.subject import encode
 from guard.redteam.target import answer
@@ -52,13 +52,7 @@ def measure_benign(subject: Subject, client: Client | None) -> Benign:
     return Benign(
         exact=Rate.of(sum(same), len(same)),
         false_alarms=Rate.of(sum(stopped), len(stopped)),
-        promised=float(
-            sum(
-                Fraction(str(one.target_fpr))
-                for one in policy.monitors
-                if one.on_alarm == "block"
-            )
-        ),
+        promised=subject.target_fpr,
         hold_tokens=policy.hold_tokens,
         seconds_guarded=seconds[0],
         seconds_open=seconds[1],
@@ -87,13 +81,7 @@ def _take_time(subject: Subject, client: Client) -> tuple[float, float | None]:
 
 
 def _time_one(client: Client, model: str, prompt: Prompt, policy: str) -> float:
-    body = {"model": model, "temperature": 0, "max_tokens": prompt.max_tokens}
-    body["guard"] = {"policy": policy}
-    route = "/v1/chat/completions"
-    if prompt.text is not None:
-        route, body["prompt"] = "/v1/completions", prompt.text
-    else:
-        body["messages"] = prompt.conversation
+    route, body = ask_for(model, prompt, guard={"policy": policy})
     began = time.monotonic()
     client.call(route, body)
     return time.monotonic() - began

@@ -14,7 +14,6 @@ import shutil
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -235,7 +234,6 @@ def certify(
 
 def _describe(subject: Subject) -> Certified:
     policy = subject.policy
-    blocking = [one for one in policy.monitors if one.on_alarm == "block"]
     calibration = next(iter(subject.calibrations.values()))
     return Certified(
         model=str(calibration.provenance.get("model", subject.folder.name)),
@@ -244,15 +242,10 @@ def _describe(subject: Subject) -> Certified:
         policy_fingerprint=fingerprint(subject.policy_file, subject.name),
         saes={name: source.sha256 for name, source in subject.policy_file.saes.items()},
         prompts_digest=subject.prompts_digest,
-        target_fpr=promised(blocking),
+        target_fpr=subject.target_fpr,
         hold_tokens=policy.hold_tokens,
-        monitors=tuple(one.name for one in blocking),
+        monitors=tuple(one.name for one in subject.blocking),
     )
-
-
-def promised(monitors: Sequence[Any]) -> float:
-    """Return the share of benign requests that monitors may stop."""
-    return float(sum(Fraction(str(one.target_fpr)) for one in monitors))
 
 
 def _describe_protocol(subject: Subject, preset: Preset, seed: int) -> Protocol:
@@ -277,7 +270,7 @@ def check_server(client: Client, certified: Certified) -> None:
     Raises:
         CertificateError: It does not.
     """
-    policies = json.loads(json.dumps(client.call("/guard/status")))["policies"]
+    policies = client.call("/guard/status")["policies"]
     found = policies.get(certified.policy, {}).get("fingerprint")
     if found != certified.policy_fingerprint:
         message = (

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from guard.redteam.certificate import DeploymentRow, Rate
-from guard.redteam.forward import batches, generate, pad_left
 from guard.redteam.judge import LEAST_SHARE, common_share
-from guard.redteam.target import Dialogue
+from guard.redteam.target import answer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from guard.redteam.forward import Covers
     from guard.redteam.subject import Subject
-    from guard.redteam.target import Target
+    from guard.redteam.target import Dialogue, Target
 
 __all__ = ["LENGTHS", "SHARES", "Coverage", "deploy"]
 
@@ -30,7 +29,6 @@ SHARES = (0.25, 0.5, 0.75, 0.9)
 """Of the tokens, that an intermittent clamp holds."""
 _DRAWS = 4
 """Samples of a prompt at temperature 1."""
-_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -189,22 +187,15 @@ def _answer(
     sample: torch.Generator | None = None,
     ban_eos: bool = False,
 ) -> list[Dialogue]:
-    """Answer the prompts of samples behind the clamp, as `generate` is told to."""
-    prompts = [one.prompt for one in wanted]
-    answers: dict[int, list[int]] = {}
-    for chosen in batches(prompts, _BATCH):
-        generated = generate(
-            target.model,
-            pad_left([prompts[index] for index in chosen]),
-            clamp=target.clamp,
-            eos=target.eos,
-            max_tokens=target.max_tokens,
-            covers=covers,
-            sample=sample,
-            ban_eos=ban_eos,
-        )
-        answers.update(zip(chosen, generated, strict=True))
-    return [Dialogue(prompt, answers[index]) for index, prompt in enumerate(prompts)]
+    """Answer the prompts of samples behind the clamp."""
+    return answer(
+        target,
+        [one.prompt for one in wanted],
+        clamp=target.clamp,
+        covers=covers,
+        sample=sample,
+        ban_eos=ban_eos,
+    )
 
 
 def _rate(recovered: Sequence[bool]) -> Rate:

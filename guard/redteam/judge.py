@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from guard.calibration import share_budgets
+from guard.calibration import policy_thresholds
 from guard.redteam.forward import batches, pad_left
 from guard.watch import Watch
 
@@ -101,11 +101,9 @@ class Receiver:
             total_length: Most tokens the request can have.
         """
         if total_length not in self._known:
-            found: dict[str, float] = {}
-            for (path, _), targets in share_budgets(self.policy).items():
-                calibration = self._calibrations[path]
-                found |= calibration.thresholds(total_length, targets=targets)
-            self._known[total_length] = found
+            self._known[total_length] = policy_thresholds(
+                self.policy, self._calibrations, total_length
+            )
         return self._known[total_length]
 
     def spread(self, total_length: int) -> dict[str, float]:

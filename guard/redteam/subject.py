@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from guard.calibration import as_written
 from guard.check import check_calibrations, digest_model, load_calibrations, load_saes
 from guard.clamp import clamp_resid
 from guard.errors import CertificateError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
     from guard.calibration import Calibration
-    from guard.policy import Policy, PolicyFile, Rule
+    from guard.policy import Monitor, Policy, PolicyFile, Rule
     from guard.prompt import Prompt
     from guard.recording import Recording
     from guard.redteam.judge import Outcome
@@ -88,6 +88,16 @@ class Subject:
         return self.policy_file.policies[self.name]
 
     @property
+    def blocking(self) -> tuple[Monitor, ...]:
+        """Its monitors that block."""
+        return tuple(one for one in self.policy.monitors if one.on_alarm == "block")
+
+    @property
+    def target_fpr(self) -> float:
+        """Share of benign requests that they may stop."""
+        return float(sum(as_written(one.target_fpr) for one in self.blocking))
+
+    @property
     def wanted(self) -> list[Dialogue]:
         """What the clamp suppressed."""
         return [sample.wanted for sample in self.samples]
@@ -107,16 +117,13 @@ class Subject:
         At the same rate of false alarms. None where nothing is left, or nothing is
         left out.
         """
-        blocking = [one for one in self.policy.monitors if one.on_alarm == "block"]
-        kept = [one for one in blocking if one.score != "probe"]
-        if not kept or len(kept) == len(blocking):
+        targets = {one: as_written(one.target_fpr) for one in self.blocking}
+        kept = [one for one in self.blocking if one.score != "probe"]
+        if not kept or len(kept) == len(targets):
             return None
-        total = sum(Fraction(str(one.target_fpr)) for one in blocking)
-        share = total / sum(Fraction(str(one.target_fpr)) for one in kept)
+        share = sum(targets.values()) / sum(targets[one] for one in kept)
         scaled = [
-            one.model_copy(
-                update={"target_fpr": float(Fraction(str(one.target_fpr)) * share)}
-            )
+            one.model_copy(update={"target_fpr": float(targets[one] * share)})
             for one in kept
         ]
         return self.policy.model_copy(update={"monitors": tuple(scaled)})

@@ -14,10 +14,10 @@ from guard.redteam.forward import batches, generate, pad_left, place, record
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
+    from torch import Generator, Tensor
     from transformers import LlamaForCausalLM
 
-    from guard.redteam.forward import Batch, Delta, Edit
+    from guard.redteam.forward import Batch, Covers, Delta, Edit
     from guard.redteam.projection import NullSpace
 
 __all__ = [
@@ -89,8 +89,11 @@ def answer(
     clamp: Edit | None,
     deltas: Sequence[Tensor] | None = None,
     position: Position = "last",
+    covers: Covers | None = None,
+    sample: Generator | None = None,
+    ban_eos: bool = False,
 ) -> list[Dialogue]:
-    """Answer prompts greedily.
+    """Answer prompts, greedily if nothing else is asked for.
 
     Args:
         target: The model, and the layer of the deltas.
@@ -99,6 +102,9 @@ def answer(
         deltas: One `[num_rows, d_model]` for each prompt, added to its last rows; or
             to the last one and to the first generated ones.
         position: Which of the two.
+        covers: As for `generate`.
+        sample: As for `generate`.
+        ban_eos: As for `generate`.
     """
     answers: dict[int, list[int]] = {}
     for chosen in batches(prompts, _BATCH):
@@ -118,6 +124,9 @@ def answer(
             later=later,
             eos=target.eos,
             max_tokens=target.max_tokens,
+            covers=covers,
+            sample=sample,
+            ban_eos=ban_eos,
         )
         answers.update(zip(chosen, generated, strict=True))
     return [Dialogue(prompt, answers[index]) for index, prompt in enumerate(prompts)]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from guard.calibration import Calibration, share_budgets
+from guard.calibration import Calibration, policy_thresholds
 from guard.certificate import Attestation, load_certificates
 from guard.check import check_calibrations, load_calibrations
 from guard.drill import RecoveryEdit, load_edits
@@ -124,10 +124,7 @@ class Context:
         buckets = tuple(c.bucket(total_length) for c in self.calibrations.values())
         if (policy, buckets) not in self._thresholds:
             entry = self.policy_file.policies[policy]
-            found: dict[str, float] = {}
-            for (path, _), targets in share_budgets(entry).items():
-                calibration = self.calibrations[path]
-                found |= calibration.thresholds(total_length, targets=targets)
+            found = policy_thresholds(entry, self.calibrations, total_length)
             ordered = tuple(found[monitor.name] for monitor in entry.monitors)
             self._thresholds[policy, buckets] = ordered
         return self._thresholds[policy, buckets]
