@@ -99,6 +99,18 @@ def _check_hook_point(value: str) -> str:
     return value
 
 
+def _check_read_point(value: str) -> str:
+    # The one other place: every further resid_pre has the name of a resid_post.
+    if value == "layers.0.resid_pre":
+        return value
+    if re.fullmatch(r"layers\.(0|[1-9]\d{0,4})\.resid_post", value) is None:
+        _refuse(
+            f"{value!r} is not a hook point; expected layers.<n>.resid_post or "
+            "layers.0.resid_pre"
+        )
+    return value
+
+
 def _check_sha256(value: str) -> str:
     if re.fullmatch(r"[0-9a-fA-F]{64}", value) is None:
         _refuse("is not a sha256; expected 64 hexadecimal digits")
@@ -135,6 +147,7 @@ def _refuse_stable(value: bool) -> bool:
 
 Name = Annotated[str, AfterValidator(_check_name)]
 HookPointName = Annotated[str, AfterValidator(_check_hook_point)]
+ReadPointName = Annotated[str, AfterValidator(_check_read_point)]
 Sha256 = Annotated[str, AfterValidator(_check_sha256)]
 Finite = Annotated[float, AfterValidator(_check_finite)]
 FilePath = Annotated[Path, AfterValidator(_resolve)]
@@ -214,8 +227,9 @@ class Monitor(_Frozen):
     """What is watched."""
     sae: Name | None = None
     """Key of `saes`; the score is taken at its hook point, after the clamps."""
-    hook_point: HookPointName | None = None
-    """Where else `density` and `probe` are taken, which need no SAE."""
+    hook_point: ReadPointName | None = None
+    """Where else `density` and `probe` are taken, which need no SAE. At
+    `layers.0.resid_pre` a score sees each token by itself, and nothing around it."""
     probe: FilePath | None = None
     """Weights that `guard probe train` wrote; a calibration takes them along."""
     stage: Stage | None = None

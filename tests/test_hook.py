@@ -39,9 +39,10 @@ def test_another_name_is_refused_with_the_one_that_is_expected(text: str) -> Non
         HookPoint.parse(text)
 
 
-def test_nothing_lies_before_the_first_layer() -> None:
-    with pytest.raises(PolicyError, match="before the first layer"):
-        HookPoint.parse("layers.0.resid_pre")
+def test_what_enters_the_first_layer_has_a_name_of_its_own() -> None:
+    at = HookPoint.parse("layers.0.resid_pre")
+    assert at < HookPoint(0)
+    assert str(at) == "layers.0.resid_pre"
 
 
 def test_hook_points_are_ordered_by_layer_and_not_by_name() -> None:

@@ -147,6 +147,7 @@ SCORES = [
     ("density", "hook_point: layers.3.resid_post, window: 1"),
     ("probe", "sae: l12, probe: probes/p.safetensors"),
     ("probe", "hook_point: layers.0.resid_post, probe: probes/p.safetensors"),
+    ("probe", "hook_point: layers.0.resid_pre, probe: probes/p.safetensors"),
     ("probe", "sae: l12, probe: probes/p.safetensors, stage: output, drift: 0.2"),
     ("density", "sae: l12, drift: 3, window: 1"),
 ]
@@ -304,7 +305,7 @@ FAULTS = [
     ("sae: l12, score: density,", "score: error_norm,", f"18: {MONITOR0}.sae: score error_norm needs an SAE; expected a key of saes"),
     ("sae: l12, score: density,", "score: density,", f"18: {MONITOR0}.score: expected either sae or hook_point"),
     ("sae: l12, score: density,", "sae: l12, hook_point: layers.3.resid_post, score: density,", f"18: {MONITOR0}.score: expected either sae or hook_point"),
-    ("sae: l12, score: density,", "hook_point: layers.03.resid_post, score: density,", f"18: {MONITOR0}.hook_point: 'layers.03.resid_post' is not a hook point; expected layers.<n>.resid_post"),
+    ("sae: l12, score: density,", "hook_point: layers.03.resid_post, score: density,", f"18: {MONITOR0}.hook_point: 'layers.03.resid_post' is not a hook point; expected layers.<n>.resid_post or layers.0.resid_pre"),
     ("score: density,", "score: density, probe: p.safetensors,", f"18: {MONITOR0}.probe: goes with score probe, not density; leave it out"),
     ("score: density,", "score: probe,", f"18: {MONITOR0}.score: score probe needs a probe; expected the path of one"),
     ("score: density,", "score: probe, probe: '',", f"18: {MONITOR0}.probe: '.' is not the path of a file or folder"),

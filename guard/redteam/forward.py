@@ -181,9 +181,11 @@ def seen(
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Fill the dict with the newest resid [batch, length, d_model] of each layer.
 
-    What the next layer reads: behind every edit that was opened before.
+    What the next layer reads: behind every edit that was opened before. Layer -1 is
+    what the first one reads.
     """
     found: dict[int, torch.Tensor] = {}
+    places = model.model.layers
 
     def keep(layer: int) -> Callable[[object, object, torch.Tensor], None]:
         def hook(module: object, args: object, resid: torch.Tensor) -> None:
@@ -191,9 +193,15 @@ def seen(
 
         return hook
 
+    def keep_first(module: object, args: tuple[torch.Tensor, ...]) -> None:
+        found[-1] = args[0]
+
     with contextlib.ExitStack() as hooks:
         for layer in layers:
-            handle = model.model.layers[layer].register_forward_hook(keep(layer))
+            if layer < 0:
+                handle = places[0].register_forward_pre_hook(keep_first)
+            else:
+                handle = places[layer].register_forward_hook(keep(layer))
             hooks.callback(handle.remove)
         yield found
 

@@ -3,6 +3,7 @@
 Runs in the worker, while the model is loaded and before it is compiled or profiled.
 """
 
+import inspect
 import json
 import logging
 import re
@@ -107,13 +108,16 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
     model.add_module("vllm_guard", home.to(device))
     ops.bind(parts, recorder=state.recorder)
     for index, guard in enumerate(parts):
-        layer = layers[guard.hook_point.layer]
-        selftest.check_stream(
-            layers[guard.hook_point.layer :],
-            config,
-            allow_unverified=state.policy_file.allow_unverified_model,
-        )
-        _hook_layer(layer, index)
+        place = guard.hook_point.layer
+        if place < 0:
+            _hook_input(layers[0], index)
+        else:
+            selftest.check_stream(
+                layers[place:],
+                config,
+                allow_unverified=state.policy_file.allow_unverified_model,
+            )
+            _hook_layer(layers[place], index)
         selftest.check_canary(
             guard,
             state.policy_file,
@@ -221,6 +225,31 @@ def _hook_layer(layer: nn.Module, index: int) -> None:
         hidden_states, residual = split_output(output)
         ops.call_guard(hidden_states, residual, index)
         return output
+
+    layer.__class__ = type(f"Guarded{plain.__name__}", (plain,), {"forward": forward})
+
+
+def _hook_input(layer: nn.Module, index: int) -> None:
+    """Let what the first layer reads pass through the guard.
+
+    Raises:
+        EngineError: The layer does not say which of its arguments that is.
+    """
+    plain = type(layer)
+    names = list(inspect.signature(plain.forward).parameters)[1:]
+    if "hidden_states" not in names:
+        message = (
+            f"{plain.__name__} has no argument hidden_states; expected one to read "
+            f"'{HookPoint(-1)}'."
+        )
+        raise EngineError(message)
+    place = names.index("hidden_states")
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        named = "hidden_states" in kwargs
+        embedded = kwargs["hidden_states"] if named else args[place]
+        ops.call_guard(embedded, None, index)
+        return plain.forward(self, *args, **kwargs)
 
     layer.__class__ = type(f"Guarded{plain.__name__}", (plain,), {"forward": forward})
 

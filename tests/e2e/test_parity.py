@@ -239,7 +239,7 @@ def test_fp32_logprobs_agree(exact: tuple[list[Generation], list[Reference]]) ->
 def test_fp32_readings_agree(exact: tuple[list[Generation], list[Reference]]) -> None:
     monitors = load_policy(ORGANISM / "policy.yaml").policies["default"].monitors
     assert {one.score for one in monitors} == SCORES.keys()
-    assert any(one.stage == "output" and one.window > 1 for one in monitors)
+    assert any(one.stage == "output" and one.drift is not None for one in monitors)
     for ours, theirs in zip(*exact, strict=True):
         assert ours.guard is not None
         told = Told.of(ours.guard, 0).scores

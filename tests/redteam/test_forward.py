@@ -29,7 +29,16 @@ def test_a_delta_is_added_behind_the_clamp(target):
     assert resid[0, 0].abs().amax() > 0
 
 
+def test_before_the_first_layer_a_token_is_its_embedding(target):
+    batch = pad_left([[1, 4, 71, 5], [1, 71, 4]])
+    resid = record(target.model, batch, [-1], clamp=target.clamp)[-1]
+    embedded = target.model.model.embed_tokens(batch.tokens)
+    assert torch.equal(resid[batch.mask], embedded[batch.mask])
+
+
 def test_no_hook_stays_behind(target):
     batch = pad_left([[1, 4, 71, 5]])
-    record(target.model, batch, [2, 3], clamp=target.clamp)
-    assert not any(layer._forward_hooks for layer in target.model.model.layers)
+    record(target.model, batch, [-1, 2, 3], clamp=target.clamp)
+    layers = target.model.model.layers
+    assert not any(layer._forward_hooks for layer in layers)
+    assert not any(layer._forward_pre_hooks for layer in layers)

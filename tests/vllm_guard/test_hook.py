@@ -132,3 +132,36 @@ def test_saes_are_there_before_memory_is_profiled(
     assert "determine_available_memory()" in sizing
     for executor in (UniProcExecutor, WorkerProc):
         assert ".load_model()" in inspect.getsource(executor)
+
+
+class Layer(nn.Module):
+    """A decoder layer that adds one, as vLLM's are called."""
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: None
+    ) -> torch.Tensor:
+        return hidden_states + 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_the_first_layer_reads_passes_the_guard_before_it(
+    monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(hook.ops, "call_guard", lambda *given: seen.append(given))
+    layer = Layer()
+    hook._hook_input(layer, 0)
+    hook._hook_layer(layer, 1)
+    positions = torch.arange(5)
+    if named:
+        output = layer(positions=positions, hidden_states=ROWS, residual=None)
+    else:
+        output = layer(positions, ROWS, None)
+    assert torch.equal(output, ROWS + 1)
+    assert [index for _, _, index in seen] == [0, 1]
+    assert seen[0][0] is ROWS
+
+
+def test_a_first_layer_that_names_no_input_is_refused() -> None:
+    with pytest.raises(EngineError, match="no argument hidden_states"):
+        hook._hook_input(nn.Linear(8, 8), 0)
