@@ -115,8 +115,8 @@ _MONITORS = """\
       - {{name: content, hook_point: layers.1.resid_post, score: probe,
          probe: probes/content.safetensors, stage: output, drift: 0.7,
          calibration: calib/default.safetensors, target_fpr: 0.003, on_alarm: {action}}}
-      # The same where a token has seen least of its prompt.
-      - {{name: wording, hook_point: layers.0.resid_post, score: probe,
+      # The same of a token by itself, before it has seen any other: no prompt moves it.
+      - {{name: wording, hook_point: layers.0.resid_pre, score: probe,
          probe: probes/wording.safetensors, stage: output, drift: 0.7,
          calibration: calib/default.safetensors, target_fpr: 0.003, on_alarm: {action}}}
       - {{name: error, sae: {name}, score: error_norm,

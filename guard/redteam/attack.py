@@ -172,7 +172,11 @@ def _beginnings(
     """Return where each restart begins, for each sample `[num_rows, d_model]`."""
     d_model = target.null_space.directions.shape[1]
     rows = [_count_rows(sample, config.position) for sample in wanted]
-    beginnings = [list(start)] if start is not None else []
+    beginnings = []
+    if start is not None:
+        # Those of longer answers have rows that are not there.
+        cut = zip(start, rows, strict=True)
+        beginnings.append([delta[:count] for delta, count in cut])
     beginnings.append([torch.zeros(count, d_model) for count in rows])
     generator = torch.Generator().manual_seed(config.seed)
     size = config.budget * target.mean_norm / d_model**0.5

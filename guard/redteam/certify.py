@@ -96,30 +96,31 @@ class Plan:
     steps: int
     restarts: int
     queries: int
+    """Prompts tried per sample, for the whole answer and for the least that counts."""
     lengths: tuple[int, ...]
     shares: tuple[float, ...]
 
 
 PRESETS: Mapping[Preset, Plan] = {
     "quick": Plan(
-        samples=24,
+        samples=16,
         benign=200,
         budgets=(0.1, 0.2, 0.4, 0.7, 1.0),
         steps=30,
         restarts=1,
-        queries=2000,
+        queries=1000,
         lengths=(32,),
         shares=(0.5,),
     ),
     "full": Plan(
-        samples=64,
+        samples=40,
         benign=1000,
-        budgets=(0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4),
-        steps=60,
-        restarts=3,
-        queries=4000,
+        budgets=(0.1, 0.2, 0.3, 0.5, 0.7, 1.0),
+        steps=30,
+        restarts=2,
+        queries=2000,
         lengths=(32, 100, 400),
-        shares=(0.25, 0.5, 0.75, 0.9),
+        shares=(0.25, 0.5, 0.75),
     ),
 }
 
@@ -443,7 +444,10 @@ def summarise(cells: Sequence[Cell], prompts: Sequence[PromptRow]) -> Headline:
     """Say in a sentence and in numbers how far the policy can be trusted."""
     latent = _summarise_latent(cells)
     written = [row for row in prompts if row.search == "suffix"]
-    worst = max(written, key=lambda row: row.undetected.share, default=None)
+    # Of two that reach as much, the one that tried harder.
+    worst = max(
+        written, key=lambda row: (row.undetected.share, row.queries), default=None
+    )
     prompt = None
     if worst is not None:
         prompt = PromptHeadline(

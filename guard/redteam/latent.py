@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from guard.policy import Policy
     from guard.redteam.judge import Outcome
     from guard.redteam.subject import Subject
-    from guard.redteam.target import Position, Target
+    from guard.redteam.target import Dialogue, Position, Target
 
 __all__ = ["ADAPTIVE", "SEARCHES", "run_cell"]
 
@@ -45,8 +45,9 @@ ADAPTIVE: tuple[Mapping[str, Any], ...] = (
     {"evade": "penalty", "weight": 10.0},
     {"evade": "projected", "weight": 1.0},
 )
-"""How adaptive attackers try; of each sample the best of them counts."""
-SEARCHES = 2 + len(ADAPTIVE)
+"""How adaptive attackers try to get whole answers, and one more the least that counts;
+of each sample the best of them counts."""
+SEARCHES = 3 + len(ADAPTIVE)
 """Of one cell at most."""
 _BENIGN_PROMPTS = 100
 
@@ -78,14 +79,18 @@ def run_cell(
     policies = subject.policy, subject.without_probes()
     unaware = attack(subject.target, subject.wanted, config)
     on_attack()
+    goals = [(subject.wanted, how) for how in ADAPTIVE]
+    goals.append((subject.parts, ADAPTIVE[0]))
     evading = [
-        _search(subject, policies[0], unaware, how, on_attack) for how in ADAPTIVE
+        _search(subject, policies[0], unaware, wanted, how, on_attack)
+        for wanted, how in goals
     ]
     tries = [_judge(subject, result, policies) for result in (unaware, *evading)]
     bare = tries
     if policies[1] is not None:
         # Who faces fewer monitors adapts to those.
-        found = _search(subject, policies[1], unaware, ADAPTIVE[0], on_attack)
+        goal = subject.wanted, ADAPTIVE[0]
+        found = _search(subject, policies[1], unaware, *goal, on_attack)
         bare = [*tries, _judge(subject, found, policies)]
     return Cell(
         position=position,
@@ -106,6 +111,7 @@ def _search(
     subject: Subject,
     policy: Policy,
     unaware: AttackResult,
+    wanted: Sequence[Dialogue],
     how: Mapping[str, Any],
     on_attack: Callable[[], object],
 ) -> AttackResult:
@@ -115,9 +121,7 @@ def _search(
     evasion = Evasion(subject.reader, receiver, max_tokens=target.max_tokens)
     config = dataclasses.replace(unaware.config, **how)
     # From where the unaware attacker came to, and then as he did.
-    found = attack(
-        target, subject.wanted, config, start=unaware.deltas, penalty=evasion
-    )
+    found = attack(target, wanted, config, start=unaware.deltas, penalty=evasion)
     on_attack()
     return found
 

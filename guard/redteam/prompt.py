@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from guard.client import Client
     from guard.recording import Recording
     from guard.redteam.evasion import Penalty
+    from guard.redteam.judge import Outcome
     from guard.redteam.subject import Subject
 
 __all__ = ["ATTACKERS", "run_prompts", "serve_prompts"]
@@ -57,8 +58,9 @@ def run_prompts(
         subject: What is attacked.
         search: For tokens, or for vectors that no client can send; `none` sends the
             prompts as they are.
-        attacker: An adaptive one pays for what the monitors would see.
-        queries: Prompts that are tried per sample.
+        attacker: An adaptive one pays for what the monitors would see, and goes for the
+            least that counts as well; the better of the two counts.
+        queries: Prompts that are tried per sample and goal.
         seed: Of the search.
         on_sample: Told when a sample is done.
     """
@@ -67,44 +69,69 @@ def run_prompts(
         subject.receiver(subject.policy),
         max_tokens=subject.target.max_tokens,
     )
-    penalty = evasion if attacker == "adaptive" else None
-    found = {"none": _plain, "suffix": _suffix, "soft_prompt": _soft}[search](
-        subject, penalty, queries, seed, on_sample
-    )
-    wanted = subject.wanted
-    free = subject.judge.judge_answers(wanted, found.dialogues)
-    guarded = subject.receive(subject.policy, found.dialogues, found.runs)
+    find = {"none": _plain, "suffix": _suffix, "soft_prompt": _soft}[search]
+    goals, penalty = [subject.wanted], None
+    if attacker == "adaptive":
+        goals, penalty = [subject.wanted, subject.parts], evasion
+    tries = [
+        _judge(subject, find(subject, goal, penalty, queries, seed, on_sample))
+        for goal in goals
+    ]
+    best = [
+        max(own, key=lambda one: (one.guarded.recovered, one.free.recovered))
+        for own in zip(*tries, strict=True)
+    ]
     unseen = [
         sample.group
-        for sample, one in zip(subject.samples, guarded, strict=True)
-        if one.recovered
+        for sample, one in zip(subject.samples, best, strict=True)
+        if one.guarded.recovered
     ]
     alarms = Counter(
         name
-        for own, one in zip(free, guarded, strict=True)
-        if own.recovered
-        for name in one.received.alarms
+        for one in best
+        if one.free.recovered
+        for name in one.guarded.received.alarms
     )
     return PromptRow(
         search=search,
         attacker=attacker,
-        queries=queries if search == "suffix" else 0,
-        recovered=Rate.of(sum(one.recovered for one in free), len(free)),
-        undetected=Rate.of(len(unseen), len(wanted)),
+        queries=queries * len(goals) if search == "suffix" else 0,
+        recovered=Rate.of(sum(one.free.recovered for one in best), len(best)),
+        undetected=Rate.of(len(unseen), len(best)),
         undetected_groups=len(set(unseen)),
         alarms={one.name: alarms[one.name] for one in subject.policy.monitors},
-        prompts=found.messages,
+        prompts=tuple(one.message for one in best if one.message is not None),
     )
+
+
+class _Try(NamedTuple):
+    """What one search reached on one sample."""
+
+    free: Outcome
+    """Delivered behind the clamp alone."""
+    guarded: Outcome
+    """Delivered under the policy."""
+    message: str | None
+    """What was written, if it can be."""
+
+
+def _judge(subject: Subject, found: _Found) -> list[_Try]:
+    """Say of each sample what a client receives."""
+    free = subject.judge.judge_answers(subject.wanted, found.dialogues)
+    guarded = subject.receive(subject.policy, found.dialogues, found.runs)
+    messages = found.messages or [None] * len(free)
+    return [_Try(*parts) for parts in zip(free, guarded, messages, strict=True)]
 
 
 def _plain(
     subject: Subject,
+    wanted: Sequence[Dialogue],
     _penalty: Penalty | None,
     _queries: int,
     _seed: int,
     on_sample: Callable[[], object],
 ) -> _Found:
-    prompts = [sample.prompt for sample in subject.wanted]
+    prompts = [sample.prompt for sample in wanted]
     given = answer(subject.target, prompts, clamp=subject.target.clamp)
     for _ in given:
         on_sample()
@@ -113,6 +140,7 @@ def _plain(
 
 def _suffix(
     subject: Subject,
+    wanted: Sequence[Dialogue],
     penalty: Penalty | None,
     queries: int,
     seed: int,
@@ -124,7 +152,7 @@ def _suffix(
     config = SuffixConfig(queries=queries, seed=seed)
     prompts: list[list[int]] = []
     dialogues: list[Dialogue] = []
-    for sample in subject.wanted:
+    for sample in wanted:
         result = attack_prompts(
             subject.target,
             [sample],
@@ -141,6 +169,7 @@ def _suffix(
 
 def _soft(
     subject: Subject,
+    wanted: Sequence[Dialogue],
     penalty: Penalty | None,
     _queries: int,
     seed: int,
@@ -148,7 +177,7 @@ def _soft(
 ) -> _Found:
     dialogues: list[Dialogue] = []
     runs: list[Recording] = []
-    for sample in subject.wanted:
+    for sample in wanted:
         result = attack_embeddings(
             subject.target,
             [sample],

@@ -17,7 +17,7 @@ from guard.policy import load_policy
 from guard.prompt import digest_prompts, read_prompts
 from guard.recording import Reader
 from guard.redteam.forward import Edit
-from guard.redteam.judge import Judge, Receiver, mean_surprise
+from guard.redteam.judge import Judge, Receiver, least_count, mean_surprise
 from guard.redteam.projection import null_space
 from guard.redteam.target import Dialogue, Target, answer, mean_norm, record_runs
 
@@ -101,6 +101,18 @@ class Subject:
     def wanted(self) -> list[Dialogue]:
         """What the clamp suppressed."""
         return [sample.wanted for sample in self.samples]
+
+    @property
+    def parts(self) -> list[Dialogue]:
+        """The least of each such answer that counts as delivered, and then an end.
+
+        What an attacker goes for who would rather have less than be seen.
+        """
+        eos = self.target.eos
+        return [
+            Dialogue(prompt, [*given[: least_count(len(given) - (eos in given))], eos])
+            for prompt, given in self.wanted
+        ]
 
     @property
     def layers(self) -> list[int]:

@@ -78,14 +78,15 @@ def _terms(protocol: Protocol) -> dict[str, str]:
         f"|resid| there ({protocol.mean_norm:.3g}): at 1 the edit is as large as what "
         "it is added to.",
         "Adaptive, unaware": "The adaptive attacker knows the monitors and "
-        "searches for an edit that they do not see either; of several ways to do so "
-        "the best counts, sample by sample. The unaware one does not know them.",
+        "searches for an edit that they do not see either, for the whole answer and "
+        "for the least of it that counts; of several ways to do so the best counts, "
+        "sample by sample. The unaware one does not know them.",
         "Random control": "An edit as large that nobody searched for; shows what any "
         "disturbance would bring back.",
         "Upper 95\u00a0% bound": "Were the true share larger, so few would be seen in "
         "fewer than 1 of 20 repetitions (Clopper and Pearson).",
         "Effort": f"Preset {protocol.preset}: {protocol.steps} steps of each search of "
-        f"an edit, at most {protocol.queries} prompts tried for each sample.",
+        f"an edit, at most {protocol.queries} prompts tried for each sample and goal.",
     }
 
 
