@@ -1,13 +1,15 @@
 # The four commands a person needs. Each sets up what is missing, once.
 #
 #   make demo    the organism behind a guarded server    ARGS="--once" and the like
-#   make test    the whole test suite                    ARGS="-k clamp"
+#   make test    the whole test suite                    ARGS="-k clamp" WORKERS=0
 #   make check   lint, format, types, import contract
 #   make bench   benchmarks/results/*.json
 
 SHELL := /bin/bash
 PYTHON ?=
 ARGS ?=
+# Processes among which tests are divided; 0 is one, with a terminal of its own.
+WORKERS ?= 2
 bin := .venv/bin
 # Subprocesses of the tests find `guard`, and a Prometheus of our own, by name.
 export PATH := $(CURDIR)/$(bin):$(PATH)
@@ -22,7 +24,7 @@ demo: .venv/.ready
 	$(bin)/guard demo $(ARGS)
 
 test: .venv/.ready .venv/.prometheus-ready
-	$(bin)/python -m pytest $(ARGS)
+	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.ready
 	$(bin)/ruff check .

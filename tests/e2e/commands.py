@@ -102,6 +102,10 @@ def main() -> None:
                 yield recording
 
     class Telling(offline.GuardedEngine):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # That it reads the same compiled is what tests/e2e/test_parity.py is about.
+            super().__init__(*args, **options, enforce_eager=True)
+
         def ask(self, prompts: Sequence[Prompt]) -> Iterator[Told]:
             told = list(super().ask(prompts))
             found = [(t.scores, sorted(t.alarms), t.total_length) for t in told]

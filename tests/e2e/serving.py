@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -31,6 +32,8 @@ from guard.testing import make_toy_model, save_toy_sae
 
 HOOK_POINT = "layers.1.resid_post"
 START_SECONDS = 420
+STANDING_PORTS = range(16_384, 32_768)
+"""Below those that Linux gives to connections by itself."""
 
 
 @dataclass(frozen=True)
@@ -300,9 +303,12 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody has, nor is given before the server binds it."""
+    while True:
+        port = secrets.choice(STANDING_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 TOY_POLICIES = """\

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from e2e.commands import Done, run_command
-from e2e.serving import ServerFactory
+from e2e.serving import ServerFactory, stop
 
 from guard.calibration import Calibration, load_calibration
 from guard.check import check_origin, check_policy, digest_model
@@ -167,7 +167,8 @@ def test_a_running_server_is_checked_and_sets_thresholds_anew(
     shop: Path, calibrated: Done, start_server: ServerFactory
 ) -> None:
     server = start_server(
-        shop / "model", shop / "policy.yaml", "--max-model-len", "128"
+        *(shop / "model", shop / "policy.yaml"),
+        *("--max-model-len", "128", "--enforce-eager"),
     )
     before = load_calibration(shop / "c.safetensors")
     fresh = write_prompts(shop / "fresh.jsonl", FRESH)
@@ -190,6 +191,7 @@ def test_a_running_server_is_checked_and_sets_thresholds_anew(
         for key, value in entry.statistics.items():
             assert torch.equal(after.entries[name].statistics[key], value)
     assert after.provenance["thresholds"]["prompts"] == len(FRESH)
+    stop(server.process)
 
 
 def test_prompts_that_will_not_do_are_refused_before_an_engine_starts(

@@ -83,46 +83,61 @@ def test_its_id_is_that_of_its_content_and_a_server_reads_it(certificate, tmp_pa
     assert Certificate.model_validate_json(path.read_bytes()) == certificate
 
 
-def test_the_same_seed_gives_every_number_again(subject, small, certificate, tmp_path):
-    again = make(subject, tmp_path / "parts")
-    assert again.cells == certificate.cells
-    assert again.prompts == certificate.prompts
-    assert again.replay == certificate.replay
-    assert again.deployments == certificate.deployments
-    other = make(subject, tmp_path / "others", seed=1)
-    assert other.prompts != certificate.prompts
+@pytest.fixture(scope="module")
+def resumed(subject, small, tmp_path_factory):
+    """A second run of the same seed, interrupted after two cells.
 
-
-def test_an_interrupted_run_goes_on_where_it_was(
-    subject, small, certificate, tmp_path, monkeypatch
-):
-    made = []
+    Returns:
+        Its certificate; the cells made before the interruption, and in all; and what
+        is left of its folder.
+    """
+    work = tmp_path_factory.mktemp("resumed") / "parts"
     run_cell = certify_module.run_cell
+    made, may_stop = [], True
 
-    def interrupted(subject, position, budget, **arguments):
-        if len(made) == 2:
+    def run(subject, position, budget, **arguments):
+        if may_stop and len(made) == 2:
             raise KeyboardInterrupt
         made.append((position, budget))
         return run_cell(subject, position, budget, **arguments)
 
-    monkeypatch.setattr(certify_module, "run_cell", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make(subject, tmp_path / "parts")
-    before = made[:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certify_module, "run_cell", run)
+        with pytest.raises(KeyboardInterrupt):
+            make(subject, work)
+        before, may_stop = made[:], False
+        return make(subject, work), before, made, work.exists()
 
-    def resumed(subject, position, budget, **arguments):
-        made.append((position, budget))
-        return run_cell(subject, position, budget, **arguments)
 
-    monkeypatch.setattr(certify_module, "run_cell", resumed)
-    assert make(subject, tmp_path / "parts").cells == certificate.cells
+def test_the_same_seed_gives_every_number_again(certificate, resumed):
+    again, *_ = resumed
+    assert again.cells == certificate.cells
+    assert again.prompts == certificate.prompts
+    assert again.replay == certificate.replay
+    assert again.deployments == certificate.deployments
+
+
+def test_another_seed_gives_other_numbers(subject, small, certificate, tmp_path):
+    # Prompts are those of the same plan; its cells, which take long, are few.
+    plan = replace(SMALL, budgets=SMALL.budgets[-1:], steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certify_module, "PRESETS", {"quick": plan})
+        other = make(subject, tmp_path / "parts", seed=1)
+    assert len(other.prompts) == len(certificate.prompts)
+    assert other.prompts != certificate.prompts
+
+
+def test_an_interrupted_run_goes_on_where_it_was(certificate, resumed):
+    again, before, made, is_left = resumed
+    assert again.cells == certificate.cells
+    assert len(before) == 2
     assert len(made) == len(set(made)) == len(certificate.cells)
     assert made[:2] == before
-    assert not (tmp_path / "parts").exists()
+    assert not is_left
 
 
 def test_what_was_not_changed_holds(subject, small, certificate):
-    assert verify(certificate, subject, rows=6) == []
+    assert verify(certificate, subject, rows=1) == []
 
 
 def renumber(certificate):
