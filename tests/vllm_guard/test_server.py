@@ -32,7 +32,7 @@ def make_engine(
     state: context.Context, *ranks: int, world_size: int = 2, **of_last: Any
 ) -> list[dict[str, Any]]:
     """Return what an engine says: its workers, the last of them odd, and its core."""
-    about = {"fingerprint": state.fingerprint}
+    about = {"fingerprint": state.current.fingerprint}
     workers = [about | {"role": "worker", "rank": n, "ready": True} for n in ranks]
     workers[-1] |= of_last
     return [*workers, about | {"role": "engine_core", "world_size": world_size}]
@@ -78,7 +78,7 @@ def test_an_engine_without_the_guard_is_missed(state: context.Context) -> None:
 def test_status_says_which_certificate_a_policy_has_or_none(
     certified: context.Context,
 ) -> None:
-    found = certified.certificates["research"]
+    found = certified.current.certificates["research"]
     client = make_client([make_engine(certified, 0, world_size=1)])
     said = asyncio.run(server.describe(client, ["research", "open"]))["policies"]
     assert said["research"]["certificate"] == {"id": found.id, "issued": "2026-07-25"}
