@@ -91,7 +91,8 @@ def assign_columns(
     wanted = list_columns(policy_file)
     found = {column: i for i, column in enumerate(reserved) if column in wanted}
     free = [i for i, column in enumerate(reserved) if column not in found]
-    for column in wanted:
+    # What is only seen comes last: it has no name that anybody gave it.
+    for column in sorted(wanted, key=lambda column: column.entry is None):
         if column in found:
             continue
         place = next((i for i in free if _kind(reserved[i]) == _kind(column)), None)

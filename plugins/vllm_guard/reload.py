@@ -116,7 +116,7 @@ def read_offer(offer: Offer) -> Generation:
     return found
 
 
-def _stage(core: Any, *fields: Any) -> dict[str, str]:
+def _stage(core: Any, fields: Any) -> dict[str, str]:
     """Prepare a generation in the core and on every rank of the engine.
 
     Returns:

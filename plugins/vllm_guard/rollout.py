@@ -25,7 +25,7 @@ from guard.policy import PolicyFile, parse_policy, read_policy
 from vllm_guard import context
 from vllm_guard.reload import Offer, adopt, write_notice
 
-__all__ = ["Outcome", "Rollout", "read_keys"]
+__all__ = ["WAIT_SECONDS", "Outcome", "Rollout", "read_keys"]
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class Rollout:
             GuardError: One of them refuses it.
         """
         while True:
-            answers = await self._call("guard_stage", *offer)
+            answers = await self._call("guard_stage", tuple(offer))
             errors = [answer["error"] for answer in answers if "error" in answer]
             busy = [answer["busy"] for answer in answers if "busy" in answer]
             if not errors and not busy:

@@ -19,7 +19,7 @@ from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken
 from guard.http.middleware import GuardMiddleware, send_error
 from guard.http.openai import error_body
 from vllm_guard import context
-from vllm_guard.rollout import Rollout, read_keys
+from vllm_guard.rollout import WAIT_SECONDS, Rollout, read_keys
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -32,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 _RELOAD_CODES: Mapping[str, int] = {"success": 200, "refused": 422, "busy": 409}
 """HTTP status of what became of a reload."""
+_MOST_WAIT_SECONDS = 3600.0
+_WAIT_EXPECTED = (
+    "'wait' is no time; expected how many seconds to wait for requests that began "
+    f"before the last reload, at most {_MOST_WAIT_SECONDS:g}."
+)
 
 
 class ServingMiddleware(GuardMiddleware):
@@ -97,7 +102,14 @@ class GuardEndpoint:
             if refusal := refuse(request.headers, off=RELOAD_OFF, stranger=NO_RELOAD):
                 return refusal
             assert self._rollout is not None, "a route was called before the start"
-            outcome = await self._rollout.reload()
+            try:
+                wait = float(request.query_params.get("wait", WAIT_SECONDS))
+            except ValueError:
+                wait = -1.0
+            if not 0 <= wait <= _MOST_WAIT_SECONDS:
+                body = error_body(_WAIT_EXPECTED, status=400, param="wait")
+                return Response(body, 400, media_type="application/json")
+            outcome = await self._rollout.reload(wait=wait)
             code = _RELOAD_CODES[outcome.result]
             if outcome.reason is None:
                 return JSONResponse(asdict(outcome), code)
