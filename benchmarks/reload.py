@@ -1,8 +1,8 @@
 """A thousand reloads under load, one in ten of them of a bad file.
 
-The organism is served while two policy files take turns. Under the policy `open` one of
-them clamps and the other does not, so that an answer's words tell which of them ran, and
-its verdict must say the same. Nothing may be lost, and memory must stay flat.
+The organism is served while two policy files take turns. Under the policy `open` one
+of them clamps and the other does not, so that an answer's words tell which of them ran,
+and its verdict must say the same. Nothing may be lost, and memory must stay flat.
 """
 
 import contextlib
@@ -221,7 +221,7 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     about = describe_run()
     prompts = json.loads((ORGANISM / "prompts.json").read_text(encoding="utf-8"))
-    texts = [prompt["text"] for prompt in prompts][:PROMPTS]
+    texts = [prompt["text"] for prompt in prompts]
     with tempfile.TemporaryDirectory() as name:
         policies, log = Policies(Path(name, "organism")), Path(name, "log")
         port = find_free_port()
@@ -252,7 +252,8 @@ def measure(
                 expected[verdict["fingerprint"], prompt] = text
         fingerprints = sorted({found for found, _ in expected})
         first, second = fingerprints
-        told_apart = sum(expected[first, p] != expected[second, p] for p in prompts)
+        prompts = [p for p in prompts if expected[first, p] != expected[second, p]]
+        prompts = prompts[:PROMPTS]
         load = Load(url, prompts, expected)
         statuses: Counter[str] = Counter()
         seconds: dict[int, list[float]] = {200: [], 422: []}
@@ -290,7 +291,6 @@ def measure(
         "reasons": [name for name in load.counts if name.startswith("lost: ")][:5],
         "mismatched": load.counts["mismatched"],
         "prompts": len(prompts),
-        "prompts_told_apart": told_apart,
         "pss_mb": memory,
         "reload_ms_median": round(statistics.median(seconds[200]), 1),
         "reload_ms_p95": round(statistics.quantiles(seconds[200], n=20)[-1], 1),
