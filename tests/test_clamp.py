@@ -239,9 +239,9 @@ def run(clamp: Clamp, resid: Tensor, slot: int) -> Tensor:
 
 def test_another_bank_is_written_while_the_first_one_runs() -> None:
     sae, resid = make_sae(), draw_rows(6, seed=3)
-    when = When(latents=(0,), above=0.0)
+    whens = [When(latents=(n + 5,), above=0.0) for n in range(4)]
     generations = [
-        [Policy(clamps=(make_rule("set", 2.0, latents=(n, n + 1), when=when),))]
+        [Policy(clamps=(make_rule("set", 2.0, latents=(n, n + 1), when=whens[n]),))]
         for n in range(4)
     ]
     clamp = Clamp(generations[0], sae_name="a", sae=sae, num_slots=2)
