@@ -84,11 +84,9 @@ def load_calibrations(policy_file: PolicyFile) -> dict[str, Calibration]:
     Raises:
         CalibrationError: A file is missing or damaged.
     """
-    return {
-        column.calibration: load_calibration(Path(column.calibration))
-        for column in list_columns(policy_file)
-        if column.calibration is not None
-    }
+    columns = list_columns(policy_file)
+    paths = dict.fromkeys(column.calibration for column in columns)
+    return {path: load_calibration(Path(path)) for path in paths if path is not None}
 
 
 def check_calibrations(
