@@ -177,7 +177,7 @@ def _make_runner(
 def _admit(
     state: context.Context, name: str, index: int
 ) -> tuple[SamplingParams, admission.Watched]:
-    policies = list(state.policy_file.policies)
+    policies = list(state.current.policy_file.policies)
     args = context.sampling_args(policies[index % len(policies)], trace="none")
     request = SimpleNamespace(
         request_id=name,
@@ -187,7 +187,7 @@ def _admit(
         cache_salt=None,
     )
     kept = admission.admit(request, max_model_len=2048)
-    zeros = np.zeros((PROMPT_TOKENS, len(state.columns)), dtype=np.float32)
+    zeros = np.zeros((PROMPT_TOKENS, len(state.current.layout)), dtype=np.float32)
     kept.watch.observe(0, zeros, np.zeros(PROMPT_TOKENS, dtype=np.int32))
     assert SLOT_KEY in request.sampling_params.extra_args
     return request.sampling_params, kept
@@ -271,7 +271,7 @@ def measure(batch_size: int, policies: int, *, steps: int = STEPS) -> Row:
         step = StepBuffers(
             max_tokens=max(BATCHES),
             max_requests=max(BATCHES),
-            num_columns=len(state.columns),
+            num_columns=len(state.current.layout),
         )
         rows = state.rows = StepRows(step, num_hooks=1, default_slot=1)
         batch = make_batch(state, batch_size)

@@ -21,6 +21,7 @@ __all__ = [
     "check_origin",
     "check_policy",
     "digest_model",
+    "list_used_saes",
     "load_calibrations",
     "load_saes",
 ]
@@ -56,10 +57,7 @@ def load_saes(policy_file: PolicyFile) -> dict[str, Sae]:
     Raises:
         SaeError: A file is missing, or is not the one named.
     """
-    used = {drill.sae for drill in policy_file.drills}
-    for policy in policy_file.policies.values():
-        used.update(rule.sae for rule in policy.clamps)
-        used.update(monitor.sae for monitor in policy.monitors if monitor.sae)
+    sources = {name: policy_file.saes[name] for name in list_used_saes(policy_file)}
     return {
         name: load_sae(
             source.path,
@@ -67,9 +65,17 @@ def load_saes(policy_file: PolicyFile) -> dict[str, Sae]:
             sha256=source.sha256,
             hook_point=source.hook_point,
         )
-        for name, source in policy_file.saes.items()
-        if name in used
+        for name, source in sources.items()
     }
+
+
+def list_used_saes(policy_file: PolicyFile) -> list[str]:
+    """Return the SAEs that any policy or drill needs, in the order of the file."""
+    used = {drill.sae for drill in policy_file.drills}
+    for policy in policy_file.policies.values():
+        used.update(rule.sae for rule in policy.clamps)
+        used.update(monitor.sae for monitor in policy.monitors if monitor.sae)
+    return [name for name in policy_file.saes if name in used]
 
 
 def load_calibrations(policy_file: PolicyFile) -> dict[str, Calibration]:
@@ -78,11 +84,9 @@ def load_calibrations(policy_file: PolicyFile) -> dict[str, Calibration]:
     Raises:
         CalibrationError: A file is missing or damaged.
     """
-    return {
-        column.calibration: load_calibration(Path(column.calibration))
-        for column in list_columns(policy_file)
-        if column.calibration is not None
-    }
+    columns = list_columns(policy_file)
+    paths = dict.fromkeys(column.calibration for column in columns)
+    return {path: load_calibration(Path(path)) for path in paths if path is not None}
 
 
 def check_calibrations(

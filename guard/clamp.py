@@ -7,17 +7,31 @@ all policies compiled to buffers, where the policy of a token row is buffer cont
 size depends on one.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from guard.errors import SaeError
+from guard.errors import PolicyError, SaeError
 from guard.policy import MAX_RULES, Policy, Rule
 from guard.sae.model import Encoded, Sae
 
 __all__ = ["Clamp", "Clamped", "Rows", "clamp_resid", "native_values"]
+
+_SPARE_LATENTS = 16
+"""Least room for latents that a later generation of policies may clamp besides."""
+_SPARE_CONDITIONS = 4
+"""The same of conditions."""
+_NEUTRAL: Mapping[str, float | bool | int] = {
+    "gain": 1.0,
+    "offset": 0.0,
+    "low": -torch.inf,
+    "high": torch.inf,
+    "if_active": False,
+    "rule_of": MAX_RULES,
+}
+"""What each table of laws holds where no rule applies."""
 
 
 class Clamped(NamedTuple):
@@ -165,7 +179,8 @@ class Clamp(nn.Module):
     """
 
     # All tables start with a row for slot 0, which no rule applies to. U is the number
-    # of latents any rule needs, W the number of conditions, the first one "always".
+    # of latents any rule needs, W the number of conditions, the first one "always";
+    # both with room for what a reload may bring.
     columns: Tensor  # [U] latents to encode
     gain: Tensor  # [slots, U]
     offset: Tensor  # [slots, U]
@@ -179,8 +194,23 @@ class Clamp(nn.Module):
     watched: Tensor  # [W, U]
     bits: Tensor  # [MAX_RULES]
 
-    def __init__(self, policies: Sequence[Policy], *, sae_name: str, sae: Sae) -> None:
+    def __init__(
+        self,
+        policies: Sequence[Policy],
+        *,
+        sae_name: str,
+        sae: Sae,
+        num_slots: int | None = None,
+    ) -> None:
         """Compile the rules that clamp `sae_name`; slot s is policy `s - 1`.
+
+        Args:
+            policies: Of the first generation.
+            sae_name: In the policy file.
+            sae: The dictionary itself.
+            num_slots: Slots of each of two generations, for `write`; there is room
+                for one generation, and for nothing that it does not need, when left
+                out.
 
         Raises:
             SaeError: A rule names a latent that the SAE does not have, or gives a
@@ -188,48 +218,113 @@ class Clamp(nn.Module):
         """
         super().__init__()
         self.sae = sae
-        rules = [
-            (slot, place, rule)
-            for slot, policy in enumerate(policies, start=1)
-            for place, rule in enumerate(policy.clamps)
-            if rule.sae == sae_name
-        ]
+        self.sae_name = sae_name
+        self.num_slots = len(policies) if num_slots is None else num_slots
+        self._columns_of: list[dict[int, int]] = [{}, {}]
+        self._conditions_of: list[set[int]] = [set(), set()]
+        rules = [rule for _, _, rule in _rules_of(policies, sae_name)]
         _check_latents(rules, sae, sae_name)
-        columns = sorted({i for _, _, rule in rules for i in _needed_latents(rule)})
-        self._allocate(columns, num_slots=len(policies) + 1, num_rules=len(rules))
-        column_of = {latent: column for column, latent in enumerate(columns)}
-        for condition, (slot, place, rule) in enumerate(rules, start=1):
-            self._compile_law(slot, place, rule, column_of)
-            if rule.when is not None:
-                self.condition_of[slot, place] = condition
-                self.sticky[slot, place] = rule.when.scope == "request"
-                self.above[condition] = rule.when.above
-                for latent in rule.when.latents:
-                    self.watched[condition, column_of[latent]] = True
+        width = len({latent for rule in rules for latent in _needed_latents(rule)})
+        conditions = sum(rule.when is not None for rule in rules)
+        # Whoever clamps nothing here pays for nothing.
+        has_room = num_slots is not None and width > 0
+        self._allocate(
+            width + max(width, _SPARE_LATENTS) * has_room,
+            num_slots=(1 if num_slots is None else 2) * self.num_slots + 1,
+            num_conditions=conditions + max(conditions, _SPARE_CONDITIONS) * has_room,
+        )
+        self.write(policies, bank=0)
         self.has_sticky = bool(self.sticky.any())
 
-    def _allocate(self, columns: list[int], *, num_slots: int, num_rules: int) -> None:
+    @property
+    def latents(self) -> list[int]:
+        """Those that any rule needs, each once; `columns` may have room for more."""
+        return sorted(set().union(*self._columns_of))
+
+    def write(self, policies: Sequence[Policy], *, bank: int) -> None:
+        """Compile another generation of policies, while the one in the other bank runs.
+
+        Nothing that a row of the other bank reads is touched, and no address changes.
+
+        Args:
+            policies: Slot s of the bank is the s-th, counted from 1.
+            bank: 0 or 1; whatever it held is gone, even where this fails.
+
+        Raises:
+            PolicyError: There is no room for as many slots, latents or conditions.
+            SaeError: A rule does not fit the SAE.
+        """
+        self._columns_of[bank], self._conditions_of[bank] = {}, set()
+        first = bank * self.num_slots + 1
+        self._clear(slice(first, first + self.num_slots))
+        rules = _rules_of(policies, self.sae_name)
+        _check_latents([rule for _, _, rule in rules], self.sae, self.sae_name)
+        if len(policies) > self.num_slots:
+            _refuse_more(f"{len(policies)} policies", self.num_slots)
+        column_of = self._place_latents(rules, bank)
+        for latent, column in column_of.items():
+            self.columns[column] = latent
+        self._columns_of[bank] = column_of
+        free = self._find_free_conditions(bank)
+        for slot, place, rule in rules:
+            where = first + slot
+            self._compile_law(where, place, rule, column_of)
+            if rule.when is None:
+                continue
+            if not free:
+                _refuse_more("conditions", len(self.above) - 1)
+            condition = free.pop(0)
+            self._conditions_of[bank].add(condition)
+            self.condition_of[where, place] = condition
+            self.sticky[where, place] = rule.when.scope == "request"
+            self.above[condition] = rule.when.above
+            self.watched[condition] = False
+            for latent in rule.when.latents:
+                self.watched[condition, column_of[latent]] = True
+
+    def _place_latents(
+        self, rules: Sequence[tuple[int, int, Rule]], bank: int
+    ) -> dict[int, int]:
+        """Return the column of each latent: where it is, or one that is free."""
+        needed = {latent for _, _, rule in rules for latent in _needed_latents(rule)}
+        other = self._columns_of[1 - bank]
+        free = [i for i in range(len(self.columns)) if i not in set(other.values())]
+        missing = sorted(needed - other.keys())
+        if len(missing) > len(free):
+            _refuse_more(
+                f"{len(missing)} latents of SAE {self.sae_name!r} besides those in use",
+                len(free),
+            )
+        new = dict(zip(missing, free, strict=False))
+        return {latent: new.get(latent, other.get(latent, 0)) for latent in needed}
+
+    def _find_free_conditions(self, bank: int) -> list[int]:
+        taken = self._conditions_of[1 - bank]
+        return [i for i in range(1, len(self.above)) if i not in taken]
+
+    def _allocate(self, width: int, *, num_slots: int, num_conditions: int) -> None:
         device = self.sae.W_dec.device
-        width = len(columns)
 
         def table(name: str, shape: tuple[int, ...], value: float | bool | int) -> None:
             tensor = torch.full(shape, value, device=device)
             self.register_buffer(name, tensor, persistent=False)
 
-        table("gain", (num_slots, width), 1.0)
-        table("offset", (num_slots, width), 0.0)
-        table("low", (num_slots, width), -torch.inf)
-        table("high", (num_slots, width), torch.inf)
-        table("if_active", (num_slots, width), False)
-        table("rule_of", (num_slots, width), MAX_RULES)
+        for name, value in _NEUTRAL.items():
+            table(name, (num_slots, width), value)
         table("condition_of", (num_slots, MAX_RULES), 0)
         table("sticky", (num_slots, MAX_RULES), False)
-        table("above", (num_rules + 1,), torch.inf)
-        table("watched", (num_rules + 1, width), False)
-        chosen = torch.tensor(columns, dtype=torch.int64, device=device)
-        self.register_buffer("columns", chosen, False)
+        table("above", (num_conditions + 1,), torch.inf)
+        table("watched", (num_conditions + 1, width), False)
+        table("columns", (width,), 0)
         bits = 1 << torch.arange(MAX_RULES, device=device, dtype=torch.int32)
         self.register_buffer("bits", bits, False)
+
+    def _clear(self, slots: slice) -> None:
+        """Let no rule apply to the rows of some slots."""
+        for name, value in _NEUTRAL.items():
+            getattr(self, name)[slots] = value
+        self.condition_of[slots] = 0
+        self.sticky[slots] = False
 
     def _compile_law(
         self, slot: int, place: int, rule: Rule, column_of: dict[int, int]
@@ -326,12 +421,27 @@ class Clamp(nn.Module):
         return torch.where(clamped, latents, 0.0).amax(1)
 
 
+def _rules_of(policies: Sequence[Policy], sae_name: str) -> list[tuple[int, int, Rule]]:
+    """Return policy, place in it, and rule of each that clamps an SAE."""
+    return [
+        (index, place, rule)
+        for index, policy in enumerate(policies)
+        for place, rule in enumerate(policy.clamps)
+        if rule.sae == sae_name
+    ]
+
+
+def _refuse_more(what: str, room: int) -> NoReturn:
+    message = f"there is no room for {what}, only for {room}; that needs a restart"
+    raise PolicyError(message)
+
+
 def _needed_latents(rule: Rule) -> tuple[int, ...]:
     return rule.latents + (rule.when.latents if rule.when is not None else ())
 
 
-def _check_latents(rules: list[tuple[int, int, Rule]], sae: Sae, sae_name: str) -> None:
-    for _, _, rule in rules:
+def _check_latents(rules: Sequence[Rule], sae: Sae, sae_name: str) -> None:
+    for rule in rules:
         for latent in _needed_latents(rule):
             if latent >= sae.d_sae:
                 message = (

@@ -52,14 +52,22 @@ def _version(
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
-def serve(context: typer.Context, model: str, policy: PolicyOption) -> None:
+def serve(
+    context: typer.Context,
+    model: str,
+    policy: PolicyOption,
+    *,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Reload the policy file when it changes.")
+    ] = False,
+) -> None:
     """Serve MODEL under a policy file; further options are vLLM's own."""
     try:
         from vllm_guard import launch
     except ImportError as error:
         message = f"The vLLM plugin cannot be imported ({error}); install it anew."
         raise EngineError(message) from error
-    launch.serve(model, policy, context.args)
+    launch.serve(model, policy, context.args, watch=watch)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from pathlib import Path
 from guard.errors import PolicyError
 from guard.policy import PolicyFile, SaeSource
 
-__all__ = ["clamps_digest", "file_fingerprint", "fingerprint"]
+__all__ = ["clamps_digest", "file_fingerprint", "fingerprint", "sae_digest"]
 
 
 def fingerprint(policy_file: PolicyFile, name: str) -> str:
@@ -94,6 +94,18 @@ def file_fingerprint(policy_file: PolicyFile) -> str:
         for name, policy in policy_file.policies.items()
     ]
     return _hash({"schema": 1, **content, "saes": saes, "policies": policies})
+
+
+def sae_digest(source: SaeSource) -> str:
+    """Hash what tells an SAE from another one, wherever it lies.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        PolicyError: A file beside its weights cannot be read.
+    """
+    return _hash(_identify(source))
 
 
 def _certified(path: Path | None) -> tuple[str, ...]:

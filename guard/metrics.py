@@ -6,6 +6,7 @@ children exist before the first event, so that `rate()` sees that event too.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from guard.policy import PolicyFile
     from guard.verdict import Verdict
 
-__all__ = ["Component", "Metrics", "Phase", "UnscoredReason"]
+__all__ = ["Component", "Metrics", "Phase", "ReloadResult", "UnscoredReason"]
 
 Phase = Literal["prefill", "decode"]
 """Whether a token was read from the prompt or generated."""
@@ -27,6 +28,9 @@ Component = Literal["http", "engine", "worker"]
 
 UnscoredReason = Literal["no_reading", "no_score"]
 """The step brought no reading; or the token's cached score was not there."""
+
+ReloadResult = Literal["success", "refused"]
+"""Whether a reload brought what it should, or left everything as it was."""
 
 _RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 _ERROR = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -59,9 +63,53 @@ class Metrics:
         """
         self._declare_counters(registry)
         self._declare_histograms(registry)
+        self._declare_reloads(registry)
+        self._declare_infos(registry)
+        self._told: set[tuple[Gauge, tuple[str, ...]]] = set()
+        self.show_policies(
+            policy_file,
+            fingerprints=fingerprints,
+            digests=digests,
+            certificates=certificates,
+        )
+
+    def show_policies(
+        self,
+        policy_file: "PolicyFile",
+        *,
+        fingerprints: Mapping[str, str],
+        digests: Mapping[str, str],
+        certificates: Mapping[str, str] | None = None,
+        generation: int = 1,
+    ) -> None:
+        """Create every child a policy file can ever need, and say what is served.
+
+        Args:
+            policy_file: Names the policies, clamps, monitors and SAEs.
+            fingerprints: Policy name to fingerprint.
+            digests: SAE name to the sha256 of its weights.
+            certificates: Name of each policy that has one to the certificate's id.
+            generation: Its number.
+        """
         self._create_children(policy_file)
-        _declare_infos(registry, policy_file, fingerprints, digests)
-        _declare_certificates(registry, certificates or {})
+        self._generation.set(generation)
+        told: set[tuple[Gauge, tuple[str, ...]]] = set()
+        told |= {(self._policy_info, pair) for pair in fingerprints.items()}
+        told |= {(self._certificate_info, p) for p in (certificates or {}).items()}
+        for name, sae in policy_file.saes.items():
+            told.add((self._sae_info, (name, str(sae.hook_point), digests[name])))
+        for info, labels in self._told - told:
+            _retract(info, labels)
+        for info, labels in told:
+            info.labels(*labels).set(1)
+        self._told = told
+
+    def count_reload(self, result: ReloadResult) -> None:
+        """Count a reload that somebody asked this process for."""
+        self._reloads.labels(result).inc()
+        self._reload_successful.set(result == "success")
+        if result == "success":
+            self._reload_time.set_to_current_time()
 
     def count_tokens(self, phase: Phase, tokens: int) -> None:
         """Count tokens that passed through the hooks."""
@@ -150,6 +198,34 @@ class Metrics:
             registry=registry,
         )
 
+    def _declare_reloads(self, registry: CollectorRegistry) -> None:
+        self._reloads = Counter(
+            "guard_policy_reloads",
+            "Reloads of the policy file, by what became of them.",
+            ["result"],
+            registry=registry,
+        )
+        self._generation = Gauge(
+            "guard_policy_generation",
+            "Generation of policies that new requests run under; 1 is the start's.",
+            multiprocess_mode="min",
+            registry=registry,
+        )
+        self._reload_successful = Gauge(
+            "guard_policy_last_reload_successful",
+            "Whether the last reload was not refused; 1 before the first.",
+            multiprocess_mode="mostrecent",
+            registry=registry,
+        )
+        self._reload_successful.set(1)
+        self._reload_time = Gauge(
+            "guard_policy_last_reload_success_timestamp_seconds",
+            "When the policies last were brought up to date, in Unix time.",
+            multiprocess_mode="max",
+            registry=registry,
+        )
+        self._reload_time.set_to_current_time()
+
     def _declare_histograms(self, registry: CollectorRegistry) -> None:
         self._score_ratio = Histogram(
             "guard_score_ratio",
@@ -184,11 +260,39 @@ class Metrics:
             registry=registry,
         )
 
+    def _declare_infos(self, registry: CollectorRegistry) -> None:
+        """Declare the constant series: gauges at 1 with facts as labels.
+
+        prometheus_client's Info does not work over several processes.
+        """
+        loaded = ("guard_info", "The guard is loaded.", ["version"])
+        _declare_info(registry, *loaded).labels(__version__).set(1)
+        self._policy_info = _declare_info(
+            registry,
+            "guard_policy_info",
+            "Policies served, by fingerprint of their content.",
+            ["policy", "fingerprint"],
+        )
+        self._sae_info = _declare_info(
+            registry,
+            "guard_sae_info",
+            "Sparse autoencoders in use.",
+            ["sae", "hook_point", "sha256"],
+        )
+        self._certificate_info = _declare_info(
+            registry,
+            "guard_certificate_info",
+            "Policies that have a certificate, and which.",
+            ["policy", "certificate"],
+        )
+
     def _create_children(self, policy_file: "PolicyFile") -> None:
         for phase in get_args(Phase):
             self._tokens.labels(phase)
         for component in get_args(Component):
             self._errors.labels(component)
+        for result in get_args(ReloadResult):
+            self._reloads.labels(result)
         for reason in get_args(UnscoredReason):
             self._unscored.labels(reason)
         for name, policy in policy_file.policies.items():
@@ -204,48 +308,12 @@ class Metrics:
                     self._alarms.labels(name, monitor.name, stage, action)
 
 
-def _declare_infos(
-    registry: CollectorRegistry,
-    policy_file: "PolicyFile",
-    fingerprints: Mapping[str, str],
-    digests: Mapping[str, str],
-) -> None:
-    """Declare the constant series: gauges at 1 with facts as labels.
-
-    prometheus_client's Info does not work over several processes.
-    """
-    _declare_info(registry, "guard_info", "The guard is loaded.", ["version"]).labels(
-        __version__
-    ).set(1)
-    policies = _declare_info(
-        registry,
-        "guard_policy_info",
-        "Policies served, by fingerprint of their content.",
-        ["policy", "fingerprint"],
-    )
-    for name in policy_file.policies:
-        policies.labels(name, fingerprints[name]).set(1)
-    saes = _declare_info(
-        registry,
-        "guard_sae_info",
-        "Sparse autoencoders in use.",
-        ["sae", "hook_point", "sha256"],
-    )
-    for name, sae in policy_file.saes.items():
-        saes.labels(name, str(sae.hook_point), digests[name]).set(1)
-
-
-def _declare_certificates(
-    registry: CollectorRegistry, certificates: Mapping[str, str]
-) -> None:
-    certified = _declare_info(
-        registry,
-        "guard_certificate_info",
-        "Policies that have a certificate, and which.",
-        ["policy", "certificate"],
-    )
-    for name, found in certificates.items():
-        certified.labels(name, found).set(1)
+def _retract(info: Gauge, labels: tuple[str, ...]) -> None:
+    """Let a constant series end; where several processes share it, it becomes 0."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        info.labels(*labels).set(0)
+    else:
+        info.remove(*labels)
 
 
 def _declare_info(

@@ -3,18 +3,26 @@
 Runs in the worker, inside the graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from guard.errors import PolicyError
 from guard.policy import Monitor as MonitorRule
 from guard.policy import PolicyFile
 from guard.score import SCORES, Activations, Score, Statistics
 
-__all__ = ["EXEMPT", "Column", "Monitor", "column_of", "list_columns"]
+__all__ = [
+    "EXEMPT",
+    "Column",
+    "Monitor",
+    "assign_columns",
+    "column_of",
+    "list_columns",
+]
 
 
 EXEMPT = float(np.finfo(np.float32).min)
@@ -65,38 +73,109 @@ def list_columns(policy_file: PolicyFile) -> tuple[Column, ...]:
     return tuple(columns)
 
 
+def assign_columns(
+    reserved: Sequence[Column], policy_file: PolicyFile
+) -> dict[Column, int]:
+    """Return which of the columns that a server has each column of a file takes.
+
+    A column goes where it already is; another calibration, or another monitor of the
+    same score, takes the place of one that is gone.
+
+    Args:
+        reserved: Of the file the server started with (`list_columns`).
+        policy_file: Another one, or the same.
+
+    Raises:
+        PolicyError: It needs a column that nobody computes.
+    """
+    wanted = list_columns(policy_file)
+    found = {column: i for i, column in enumerate(reserved) if column in wanted}
+    free = [i for i, column in enumerate(reserved) if column not in found]
+    # What is only seen comes last: it has no name that anybody gave it.
+    for column in sorted(wanted, key=lambda column: column.entry is None):
+        if column in found:
+            continue
+        place = next((i for i in free if _kind(reserved[i]) == _kind(column)), None)
+        if place is None:
+            message = (
+                f"a further score {column.score!r} at {column.hook_point} has no column"
+            )
+            raise PolicyError(message)
+        free.remove(place)
+        found[column] = place
+    return found
+
+
+def _kind(column: Column) -> tuple[str, str, str | None]:
+    return column.hook_point, column.score, column.sae
+
+
 class Monitor(nn.Module):
     """Scores that look at the same activations, with their statistics as buffers."""
 
     def __init__(
-        self, columns: Sequence[tuple[int, Column]], statistics: Sequence[Statistics]
+        self,
+        columns: Sequence[tuple[int, Column]],
+        statistics: Sequence[Statistics],
+        *,
+        banks: int = 1,
     ) -> None:
         """Keep the statistics of the given columns.
 
         Args:
             columns: Scored columns, with their numbers.
             statistics: Of each.
+            banks: For how many generations of policies there is room.
         """
         super().__init__()
         self._scores: list[tuple[int, Score, list[str]]] = []
         for (number, column), values in zip(columns, statistics, strict=True):
             for name, value in values.items():
-                self.register_buffer(f"{number}_{name}", value, persistent=False)
+                several = torch.stack([value] * banks)
+                self.register_buffer(f"{number}_{name}", several, persistent=False)
             self._scores.append((number, SCORES[column.score], list(values)))
+
+    def write(self, statistics: Mapping[int, Statistics], *, bank: int) -> None:
+        """Let a bank's rows be scored with other statistics.
+
+        Args:
+            statistics: By number of the column; those of other monitors are left out.
+            bank: Of the generation of policies that they belong to.
+
+        Raises:
+            PolicyError: They are of another shape than those the server started with.
+        """
+        for number, _, names in self._scores:
+            values = statistics.get(number, {})
+            shapes = {name: value.shape for name, value in values.items()}
+            places = {name: getattr(self, f"{number}_{name}")[bank] for name in names}
+            if values and shapes != {k: place.shape for k, place in places.items()}:
+                message = (
+                    "a calibration whose statistics have another shape needs a restart"
+                )
+                raise PolicyError(message)
+            for name, value in values.items():
+                places[name].copy_(value)
 
     def __len__(self) -> int:
         """Return how many columns it fills."""
         return len(self._scores)
 
-    def forward(self, activations: Activations, *, out: Tensor, keep: Tensor) -> None:
+    def forward(
+        self, activations: Activations, *, out: Tensor, keep: Mapping[int, Tensor]
+    ) -> None:
         """Write each score into its column of `out`.
 
         Args:
             activations: The stream after the clamp, and what the scores need besides.
             out: `[num_tokens, num_columns]`.
-            keep: Rows that are scored, bool `[num_tokens]`; the others read `EXEMPT`.
+            keep: Rows that are scored, bool `[num_tokens]`, by bank; the others read
+                `EXEMPT`.
         """
         for number, score, names in self._scores:
-            statistics = {name: getattr(self, f"{number}_{name}") for name in names}
-            scores = score.apply(activations, statistics)
-            out[:, number] = torch.where(keep, scores, EXEMPT)
+            column: Tensor | float = EXEMPT
+            for bank, rows in keep.items():
+                statistics = {n: getattr(self, f"{number}_{n}")[bank] for n in names}
+                scores = score.apply(activations, statistics)
+                column = torch.where(rows, scores, column)
+            out[:, number] = column

@@ -17,7 +17,7 @@ from guard.drill import RecoveryEdit
 from guard.errors import CalibrationError, DrillError
 from guard.hook import HookPoint
 from guard.monitor import Column, Monitor, list_columns
-from guard.policy import MAX_RULES, PolicyFile
+from guard.policy import MAX_DRILLS, MAX_RULES, PolicyFile
 from guard.sae.model import Sae
 from guard.score import SCORES, Activations, Statistics
 
@@ -29,6 +29,7 @@ __all__ = [
     "StepBuffers",
     "build_guards",
     "read_resid",
+    "read_statistics",
 ]
 
 _TINY = 1e-12
@@ -53,13 +54,33 @@ class StepBuffers(nn.Module):
     what goes out another, so that each takes one copy.
     """
 
+    banks: tuple[int, ...]
+    """Those that the rows of the step use: the host knows, and a step of one generation
+    of policies is not scored under the other."""
     rows_in: Tensor  # [max_tokens, 4] slot, request and start of `Rows`, and drill
     state: Tensor  # [max_requests + 1, MAX_RULES] sticky conditions met so far
     readings: Tensor  # [max_tokens, num_columns + 3] int32: bits of `scores`, `marks`
 
-    def __init__(self, *, max_tokens: int, max_requests: int, num_columns: int) -> None:
-        """Allocate everything; nothing is allocated later."""
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        max_requests: int,
+        num_columns: int,
+        num_slots: int | None = None,
+    ) -> None:
+        """Allocate everything; nothing is allocated later.
+
+        Args:
+            max_tokens: Of a step.
+            max_requests: Of a step.
+            num_columns: Scores of a token.
+            num_slots: Slots of each of two generations of policies; None where there
+                is one generation.
+        """
         super().__init__()
+        self.num_slots = num_slots
+        self.banks = (0,)
 
         def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
             tensor = torch.zeros(shape, dtype=dtype)
@@ -83,6 +104,23 @@ class StepBuffers(nn.Module):
         """Return whose tokens the first `num_tokens` rows are."""
         slot, request, start, _ = self.rows_in[:num_tokens].unbind(1)
         return Rows(slot, request, start)
+
+    def bank_of(self, slot: int) -> int:
+        """Return the bank of a slot."""
+        return int(self.num_slots is not None and slot > self.num_slots)
+
+    def rows_of_banks(self, slot: Tensor) -> dict[int, Tensor]:
+        """Return the rows of each generation, bool `[num_tokens]`, by bank.
+
+        A captured graph runs for whatever comes, and so for both.
+        """
+        captures = slot.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.num_slots is None or (len(self.banks) == 1 and not captures):
+            return {self.banks[0]: slot > 0}
+        return {
+            0: (slot > 0) & (slot <= self.num_slots),
+            1: slot > self.num_slots,
+        }
 
     def drills_of(self, num_tokens: int) -> Tensor:
         """Return the drill of each of the first `num_tokens` rows; 0 is none."""
@@ -145,6 +183,7 @@ class Guard(nn.Module):
             step: What the guards of all hook points share.
             drills: What each drill adds here, fp32 `[num_drills + 1, d_model]`, row 0
                 and those of drills of other hook points zeros; None without one here.
+                With two generations, `[2 * MAX_DRILLS + 1, d_model]`.
         """
         super().__init__()
         self.hook_point = hook_point
@@ -173,6 +212,38 @@ class Guard(nn.Module):
             self._monitor(read_resid(hidden_states, residual), rows)
         self.step.marks_of(len(hidden_states)).visits.add_(1)
 
+    def write(
+        self,
+        policy_file: PolicyFile,
+        statistics: Mapping[int, Statistics],
+        edits: Mapping[str, RecoveryEdit],
+        *,
+        bank: int,
+    ) -> None:
+        """Compile another generation of policies into a bank that no row uses.
+
+        Args:
+            policy_file: The new one.
+            statistics: By number of the column.
+            edits: Of each drill of the file, by name.
+            bank: 0 or 1; whatever it held is gone, even where this fails.
+
+        Raises:
+            GuardError: It does not fit, or needs more than was reserved.
+        """
+        policies = list(policy_file.policies.values())
+        for part in self.dictionaries:
+            part.clamp.write(policies, bank=bank)
+            part.monitor.write(statistics, bank=bank)
+        self.monitor.write(statistics, bank=bank)
+        if self.drills is not None:
+            table = _compile_drills(policy_file, edits, self.dictionaries)
+            first = bank * MAX_DRILLS + 1
+            own = self.drills[first : first + MAX_DRILLS]
+            own.zero_()
+            if table is not None:
+                own[: len(table) - 1].copy_(table[1:])
+
     def _clamp(
         self, hidden_states: Tensor, residual: Tensor | None, rows: Rows
     ) -> None:
@@ -198,17 +269,18 @@ class Guard(nn.Module):
 
     def _monitor(self, resid: Tensor, rows: Rows) -> None:
         scores = self.step.scores[: len(resid)]
-        keep = rows.slot > 0
-        self.monitor(Activations(resid), out=scores, keep=keep)
+        banks = self.step.rows_of_banks(rows.slot)
+        self.monitor(Activations(resid), out=scores, keep=banks)
         for part in self.dictionaries:
             if part.seen is None:
                 continue
             encoded = part.sae.encode(resid)
             error = resid - part.sae.decode(encoded)
             left = part.clamp.residual_activation(encoded, rows.slot)
-            part.monitor(Activations(resid, error, left), out=scores, keep=keep)
+            part.monitor(Activations(resid, error, left), out=scores, keep=banks)
             ratio = error.norm(dim=1) / resid.norm(dim=1).clamp(min=_TINY)
-            scores[:, part.seen.error_ratio] = torch.where(keep, ratio, 0.0)
+            ratio = torch.where(rows.slot > 0, ratio, 0.0)
+            scores[:, part.seen.error_ratio] = ratio
             scores[:, part.seen.clamp_residual] = left
 
 
@@ -234,6 +306,8 @@ def build_guards(
 ) -> dict[HookPoint, Guard]:
     """Compile a policy file into one guard for each hook point it uses.
 
+    Where `step` has slots for two generations, there is room for another file too.
+
     Args:
         policy_file: Slot s is its s-th policy, counted from 1.
         saes: The SAEs any policy uses, by name.
@@ -249,20 +323,16 @@ def build_guards(
         SaeError: A rule does not fit its SAE.
     """
     columns = list(enumerate(list_columns(policy_file)))
-    statistics = {
-        column: calibrations[column.calibration].entries[str(column.entry)].statistics
-        for _, column in columns
-        if column.calibration is not None
-    }
     policies = list(policy_file.policies.values())
     for sae in saes.values():
         d_model = d_model or sae.d_model
-    for column, values in statistics.items():
-        _check_statistics(column, values, d_model)
+    statistics = read_statistics(policy_file, calibrations, d_model=d_model)
+    banks = 1 if step.num_slots is None else 2
 
     def make_monitor(own: list[tuple[int, Column]]) -> Monitor:
         scored = [(i, column) for i, column in own if column in statistics]
-        return Monitor(scored, [statistics[column] for _, column in scored])
+        values = [statistics[column] for _, column in scored]
+        return Monitor(scored, values, banks=banks)
 
     places: dict[HookPoint, list[Dictionary]] = {at: [] for at in hook_points}
     for _, column in columns:
@@ -273,7 +343,7 @@ def build_guards(
         part = Dictionary(
             name=name,
             sae=sae,
-            clamp=Clamp(policies, sae_name=name, sae=sae),
+            clamp=Clamp(policies, sae_name=name, sae=sae, num_slots=step.num_slots),
             monitor=make_monitor(own),
             seen=SeenColumns(**numbers) if numbers else None,
         )
@@ -287,8 +357,37 @@ def build_guards(
             if column.sae is None and HookPoint.parse(column.hook_point) == at
         ]
         drills = _compile_drills(policy_file, edits, parts)
+        if drills is not None and banks == 2:
+            room = 2 * MAX_DRILLS + 1 - len(drills)
+            drills = torch.cat([drills, drills.new_zeros(room, drills.shape[1])])
         guards[at] = Guard(at, parts, make_monitor(bare), step, drills=drills)
     return guards
+
+
+def read_statistics(
+    policy_file: PolicyFile,
+    calibrations: Mapping[str, Calibration],
+    *,
+    d_model: int | None,
+) -> dict[Column, Statistics]:
+    """Return the statistics of each scored column of a policy file.
+
+    Args:
+        policy_file: Whose monitors they are.
+        calibrations: By path, as the monitors name them.
+        d_model: Width of the stream, where it is known.
+
+    Raises:
+        CalibrationError: They do not fit the stream.
+    """
+    statistics: dict[Column, Statistics] = {
+        column: calibrations[column.calibration].entries[str(column.entry)].statistics
+        for column in list_columns(policy_file)
+        if column.calibration is not None
+    }
+    for column, values in statistics.items():
+        _check_statistics(column, values, d_model)
+    return statistics
 
 
 def _compile_drills(

@@ -37,6 +37,8 @@ __all__ = [
     "Tenant",
     "When",
     "load_policy",
+    "parse_policy",
+    "read_policy",
 ]
 
 Mode = Literal["observe", "enforce"]
@@ -488,6 +490,15 @@ def load_policy(path: str | Path) -> PolicyFile:
         PolicyError: One line, `policy.yaml:12: policies.default.clamps[0].law: ...`.
     """
     path = Path(path)
+    return parse_policy(read_policy(path), path)
+
+
+def read_policy(path: Path) -> bytes:
+    """Read the content of a policy file, whatever it is.
+
+    Raises:
+        PolicyError: It cannot be read, or is too large.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
@@ -497,6 +508,19 @@ def load_policy(path: str | Path) -> PolicyFile:
         ) from error
     if len(content) > MAX_FILE_BYTES:
         raise PolicyError(f"{path}: is larger than 1 MiB; expected a policy file")
+    return content
+
+
+def parse_policy(content: bytes, path: Path) -> PolicyFile:
+    """Check the content of a policy file, as `load_policy` does.
+
+    Args:
+        content: As it stood in the file once.
+        path: Where that was; it may hold something else by now.
+
+    Raises:
+        PolicyError: One line, as from `load_policy`.
+    """
     document = Document(str(path), content)
     try:
         return PolicyFile.model_validate_json(

@@ -59,6 +59,9 @@ class Ticket:
     number, for an operator's own use offline."""
     drill: str | None = None
     """Name of the fire drill that each of them is; an administrator asked for it."""
+    generation: int | None = None
+    """Number of the generation of policies that was current when it was signed; None is
+    whichever is when it is read."""
 
 
 def sign_ticket(ticket: Ticket, secret: bytes) -> str:
@@ -99,7 +102,7 @@ def read_ticket(text: object, secret: bytes, *, now: float) -> Ticket | None:
         return None
     try:
         fields = json.loads(base64.urlsafe_b64decode(payload.split(".")[1]))
-        guard_id, policy, trace, expires, choices, drill = fields
+        guard_id, policy, trace, expires, choices, drill, generation = fields
     except (ValueError, IndexError, TypeError):
         return None
     if not (isinstance(guard_id, str) and isinstance(policy, str)):
@@ -108,8 +111,10 @@ def read_ticket(text: object, secret: bytes, *, now: float) -> Ticket | None:
         return None
     if not (isinstance(choices, int | None) and isinstance(drill, str | None)):
         return None
+    if not isinstance(generation, int | None):
+        return None
     # Written so that an expiry of NaN has expired.
-    ticket = Ticket(guard_id, policy, trace, expires, choices, drill)
+    ticket = Ticket(guard_id, policy, trace, expires, choices, drill, generation)
     return ticket if now < expires else None
 
 

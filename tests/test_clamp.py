@@ -15,26 +15,30 @@ from specimens import (
     traffics,
 )
 from torch import Tensor
+from torch.testing import assert_close
 
 from guard.clamp import Clamp, Rows, clamp_resid, native_values
-from guard.errors import SaeError
+from guard.errors import PolicyError, SaeError
 from guard.policy import MAX_RULES, Policy, Rule, When
 from guard.sae.config import SaeConfig
 from guard.sae.load import build_sae
 from guard.sae.model import Sae
 
 
-def make_mirror(**extra: Tensor) -> Sae:
+def make_mirror(width: int = 3, **extra: Tensor) -> Sae:
     """Return an SAE whose latent i is twice the positive part of `resid[:, i]`."""
-    identity = torch.eye(3)
+    identity = torch.eye(width)
     config = SaeConfig(
-        architecture="standard", d_model=3, d_sae=3, hook_point="layers.0.resid_post"
+        architecture="standard",
+        d_model=width,
+        d_sae=width,
+        hook_point="layers.0.resid_post",
     )
     tensors = {
         "W_enc": 2 * identity,
         "W_dec": 5 * identity,
-        "b_enc": torch.zeros(3),
-        "b_dec": torch.tensor([7.0, 7.0, 7.0]),
+        "b_enc": torch.zeros(width),
+        "b_dec": torch.full((width,), 7.0),
     }
     return build_sae(config, tensors | extra)
 
@@ -223,3 +227,72 @@ def test_a_clamp_without_rules_is_still_a_clamp() -> None:
     assert found.delta.shape == (2, D_MODEL)
     assert not found.delta.any()
     assert not found.touched.any()
+
+
+def run(clamp: Clamp, resid: Tensor, slot: int) -> Tensor:
+    """Return what the rows of one request become."""
+    slots = torch.full((len(resid),), slot)
+    rows = Rows(slots, torch.ones_like(slots), torch.zeros_like(slots))
+    state = torch.zeros(2, MAX_RULES, dtype=torch.uint8)
+    return resid + clamp(resid, rows, state=state).delta
+
+
+def test_another_bank_is_written_while_the_first_one_runs() -> None:
+    sae, resid = make_sae(), draw_rows(6, seed=3)
+    whens = [When(latents=(n + 5,), above=0.0) for n in range(4)]
+    generations = [
+        [Policy(clamps=(make_rule("set", 2.0, latents=(n, n + 1), when=whens[n]),))]
+        for n in range(4)
+    ]
+    clamp = Clamp(generations[0], sae_name="a", sae=sae, num_slots=2)
+    tables = [(name, buffer.data_ptr()) for name, buffer in clamp.named_buffers()]
+    for number, newest in enumerate(generations):
+        if number:
+            clamp.write(newest, bank=number % 2)
+        for alive in generations[max(number - 1, 0) : number + 1]:
+            slot = 1 + 2 * (generations.index(alive) % 2)
+            expected = clamp_resid(resid, sae, alive[0].clamps).resid
+            assert_close(run(clamp, resid, slot), expected)
+            assert_close(run(clamp, resid, slot + 1), resid)
+    assert tables == [(name, b.data_ptr()) for name, b in clamp.named_buffers()]
+
+
+def test_a_bank_that_has_no_room_says_so_and_leaves_the_other_alone() -> None:
+    sae, resid = make_sae(), draw_rows(6, seed=3)
+    first = Policy(clamps=(make_rule("ablate", latents=(0,)),))
+    clamp = Clamp([first], sae_name="a", sae=sae, num_slots=1)
+    room = len(clamp.columns) - 1
+    assert room >= 16
+    before = run(clamp, resid, 1)
+    conditional = [
+        make_rule("ablate", name=f"r{i}", latents=(i,), when=When(latents=(0,)))
+        for i in range(5)
+    ]
+    for too_many, words in (
+        ([Policy(), Policy()], "2 policies"),
+        ([Policy(clamps=tuple(conditional))], "conditions"),
+    ):
+        with pytest.raises(PolicyError, match=f"no room for {words}.*needs a restart"):
+            clamp.write(too_many, bank=1)
+        assert torch.equal(run(clamp, resid, 1), before)
+    clamp.write([first], bank=1)
+    assert_close(run(clamp, resid, 2), before)
+
+
+def test_latents_of_both_banks_share_the_room_there_is() -> None:
+    first = Policy(clamps=(make_rule("ablate", latents=(0,)),))
+    clamp = Clamp([first], sae_name="a", sae=make_mirror(64), num_slots=1)
+    room = len(clamp.columns)
+    most = Policy(clamps=(make_rule("ablate", latents=tuple(range(room))),))
+    many = Policy(clamps=(make_rule("ablate", latents=tuple(range(1, room + 1))),))
+    with pytest.raises(PolicyError, match="17 latents of SAE 'a' besides those in use"):
+        clamp.write([many], bank=1)
+    clamp.write([most], bank=1)
+    clamp.write([Policy()], bank=0)
+    clamp.write([many], bank=1)
+    assert clamp.latents == list(range(1, room + 1))
+
+
+def test_whoever_clamps_nothing_pays_for_no_room() -> None:
+    clamp = Clamp([Policy()], sae_name="a", sae=make_sae(), num_slots=4)
+    assert len(clamp.columns) == 0

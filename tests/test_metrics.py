@@ -1,4 +1,5 @@
 import math
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from guard.metrics import Metrics
 from guard.verdict import Alarm, Verdict
+
+AT = "layers.12.resid_post"
 
 
 def make_policy(mode: str, on_alarm: str = "block") -> Any:
@@ -177,3 +180,53 @@ def test_a_timed_hook_is_observed(metrics, registry):
 def test_no_series_carries_a_request_id(metrics, registry):
     metrics.finish(make_verdict("block", alarms=(BLOCK_ALARM,)), {})
     assert b'"id"' not in generate_latest(registry)
+
+
+def test_a_reload_shows_what_is_served_now_and_keeps_what_was_counted(
+    metrics, registry
+):
+    def read(name, **labels):
+        return registry.get_sample_value(f"guard_{name}", labels)
+
+    assert read("policy_generation") == 1
+    assert read("policy_last_reload_successful") == 1
+    metrics.finish(make_verdict(), {})
+    policy_file: Any = SimpleNamespace(
+        policies={"default": make_policy("enforce"), "new": make_policy("enforce")},
+        saes={"l12": SimpleNamespace(hook_point="layers.12.resid_post")},
+    )
+    for prints in ({"default": "g1", "new": "g2"}, {"default": "f1", "new": "g2"}):
+        metrics.show_policies(
+            policy_file, fingerprints=prints, digests={"l12": "d1"}, generation=2
+        )
+        infos = {
+            (sample.labels["policy"], sample.labels["fingerprint"])
+            for family in registry.collect()
+            for sample in family.samples
+            if sample.name == "guard_policy_info"
+        }
+        assert infos == set(prints.items())
+    assert read("policy_generation") == 2
+    assert read("certificate_info", policy="default", certificate="c1") is None
+    assert read("sae_info", sae="l12", hook_point=AT, sha256="d1") == 1
+    wanted = {"mode": "enforce", "action": "allow"}
+    assert read("requests_total", policy="new", **wanted) == 0
+    assert read("requests_total", policy="default", **wanted) == 1
+
+
+def test_reloads_are_counted_by_what_became_of_them(metrics, registry):
+    def read(result):
+        return registry.get_sample_value(
+            "guard_policy_reloads_total", {"result": result}
+        )
+
+    def last():
+        return registry.get_sample_value("guard_policy_last_reload_successful")
+
+    assert (read("success"), read("refused")) == (0, 0)
+    metrics.count_reload("refused")
+    assert (read("success"), read("refused"), last()) == (0, 1, 0)
+    metrics.count_reload("success")
+    assert (read("success"), read("refused"), last()) == (1, 1, 1)
+    at = "guard_policy_last_reload_success_timestamp_seconds"
+    assert abs(registry.get_sample_value(at) - time.time()) < 60

@@ -32,11 +32,17 @@ from vllm_guard import ops
 from guard.calibration import Calibration
 from guard.clamp import clamp_resid
 from guard.drill import RecoveryEdit
-from guard.errors import CalibrationError, DrillError, SaeError
+from guard.errors import CalibrationError, DrillError, PolicyError, SaeError
 from guard.hook import HookPoint
-from guard.monitor import EXEMPT, Column, list_columns
-from guard.pipeline import Guard, StepBuffers, build_guards, read_resid
-from guard.policy import Drill, Policy, PolicyFile, Rule, When
+from guard.monitor import EXEMPT, Column, assign_columns, list_columns
+from guard.pipeline import (
+    Guard,
+    StepBuffers,
+    build_guards,
+    read_resid,
+    read_statistics,
+)
+from guard.policy import MAX_DRILLS, Drill, Policy, PolicyFile, Rule, When
 from guard.sae.model import Sae
 from guard.score import SCORES, Activations, Statistics
 
@@ -553,3 +559,67 @@ def test_an_edit_of_another_width_is_refused() -> None:
     edits = {"d1": make_edit(torch.ones(D_MODEL + 1))}
     with pytest.raises(DrillError, match=r"d1\.safetensors: its delta is 13 wide"):
         build_guards(policy_file, {"a": make_sae()}, {}, step, edits=edits)
+
+
+def test_two_generations_in_one_step_are_each_as_if_alone() -> None:
+    files, calibrations = [], []
+    for number, shift in enumerate((1.0, 3.0)):
+        clamps = (hold("r", latents=(number, number + 2)),)
+        policy_file = add_drills(watched_file("density", clamps=clamps), "a")
+        files.append(policy_file)
+        statistics = ellipsoid() | {"mean": torch.full((D_MODEL,), shift)}
+        calibrations.append(
+            {"c": make_calibration(policy_file, statistics={"watch": statistics})}
+        )
+    edits = [{"d1": make_edit(draw_rows(1, seed=n)[0])} for n in range(2)]
+    columns = list_columns(files[0])
+    saes = {"a": make_sae()}
+
+    def make(number: int, num_slots: int | None) -> Guard:
+        step = StepBuffers(
+            max_tokens=8,
+            max_requests=2,
+            num_columns=len(columns),
+            num_slots=num_slots,
+        )
+        return build_guards(
+            files[number], saes, calibrations[number], step, edits=edits[number]
+        )[HookPoint.parse(AT)]
+
+    both = make(0, 3)
+    tables = {name: buffer.data_ptr() for name, buffer in both.named_buffers()}
+    statistics = read_statistics(files[1], calibrations[1], d_model=D_MODEL)
+    numbers = assign_columns(columns, files[1])
+    told = {numbers[column]: values for column, values in statistics.items()}
+    both.write(files[1], told, edits[1], bank=1)
+    before = draw_rows(4, seed=9)
+    after = before.clone()
+    both.step.rows_in[:4, 0] = torch.tensor([1, 4, 1, 4])
+    both.step.rows_in[2:4, 3] = torch.tensor([1, 1 + MAX_DRILLS])
+    both.step.banks = (0, 1)
+    both(after, None)
+    for number in range(2):
+        alone = make(number, None)
+        rows = before.clone()
+        alone.step.rows_in[:4, 0] = 1
+        alone.step.rows_in[2:4, 3] = 1
+        alone(rows, None)
+        torch.testing.assert_close(after[number::2], rows[number::2])
+        scores, expected = both.step.scores, alone.step.scores
+        torch.testing.assert_close(scores[number:4:2], expected[number:4:2])
+    assert tables == {name: b.data_ptr() for name, b in both.named_buffers()}
+
+
+def test_statistics_of_another_shape_need_a_restart() -> None:
+    policy_file = watched_file("density")
+    columns = list_columns(policy_file)
+    step = StepBuffers(
+        max_tokens=1, max_requests=1, num_columns=len(columns), num_slots=2
+    )
+    (guard,) = build_guards(
+        policy_file, {"a": make_sae()}, {"c": calibrate(policy_file)}, step
+    ).values()
+    (number,) = (i for i, column in enumerate(columns) if column.entry)
+    wider = make_ellipsoid(torch.eye(D_MODEL)[:, :3], rest=1.0)
+    with pytest.raises(PolicyError, match="another shape needs a restart"):
+        guard.write(policy_file, {number: wider}, {}, bank=1)

@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from guard.errors import RequestError
@@ -19,7 +19,15 @@ from guard.verdict import Verdict
 if TYPE_CHECKING:
     from guard.policy import PolicyFile
 
-__all__ = ["DRILLS_OFF", "NO_ADMIN", "Admission", "Desk", "PolicyDesk"]
+__all__ = [
+    "DRILLS_OFF",
+    "NO_ADMIN",
+    "NO_RELOAD",
+    "RELOAD_OFF",
+    "Admission",
+    "Desk",
+    "PolicyDesk",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +37,11 @@ DRILLS_OFF = (
 """What is said to whoever asks for a drill where there is no administrator."""
 NO_ADMIN = f"Drills are an administrator's; expected the token in '{ADMIN_HEADER}'."
 """What is said to whoever asks for one and is none, whether or not it exists."""
+RELOAD_OFF = (
+    f"Reloads over HTTP are off on this server; expected {ADMIN_VARIABLE} where it "
+    "starts."
+)
+NO_RELOAD = f"A reload is an administrator's; expected the token in '{ADMIN_HEADER}'."
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +93,26 @@ class Desk(Protocol):
         """Forget a request: its answer is over, or its client gone."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What is offered to whom, since the last reload; swapped whole."""
+
+    generation: int
+    """Number of the generation of policies."""
+    fingerprints: Mapping[str, str]
+    """Of every policy there is, by name."""
+    public: tuple[str, ...]
+    """What a client without a tenant may name, its default first."""
+    drills: frozenset[str]
+    keys: KeyRing
+
+
 @dataclass(slots=True)
 class _Visit:
     policy: str
+    fingerprint: str
+    """Of that policy, when the request was let in."""
+    generation: int
     verdicts: dict[int, Verdict] = field(default_factory=dict)
 
 
@@ -106,19 +136,55 @@ class PolicyDesk:
             max_open: Requests remembered at once. Beyond it the oldest is
                 forgotten, and its answer fails closed.
         """
-        default = policy_file.default_policy
-        self.keys = KeyRing((), accepted=())
-        """Whose key is whose; whoever serves sets it before the first request."""
         self.admin = AdminToken(None)
-        """Who may ask for drills; set alike."""
-        self._drills = frozenset(drill.name for drill in policy_file.drills)
-        self._known = frozenset(policy_file.policies)
-        others = [p for p in policy_file.public_policies if p != default]
-        self._public = (default, *others)
-        self._fingerprints = dict(fingerprints)
+        """Who may ask for drills and reloads; whoever serves sets it, and `keys`."""
         self._secret = secret
         self._max_open = max_open
         self._visits: dict[str, _Visit] = {}
+        self.offer_terms(policy_file, fingerprints, keys=KeyRing((), accepted=()))
+
+    def offer_terms(
+        self,
+        policy_file: "PolicyFile",
+        fingerprints: Mapping[str, str],
+        *,
+        keys: KeyRing,
+        generation: int = 1,
+    ) -> None:
+        """Let requests in under another policy file from now on.
+
+        Those that were let in before are still held to the terms of then.
+
+        Args:
+            policy_file: Which policies there are, and which are public.
+            fingerprints: Policy name to fingerprint; a verdict must match.
+            keys: Whose API key is whose.
+            generation: Number of this generation of policies.
+        """
+        default = policy_file.default_policy
+        others = [p for p in policy_file.public_policies if p != default]
+        self._terms = _Terms(
+            generation=generation,
+            fingerprints=dict(fingerprints),
+            public=(default, *others),
+            drills=frozenset(drill.name for drill in policy_file.drills),
+            keys=keys,
+        )
+
+    @property
+    def keys(self) -> KeyRing:
+        """Whose key is whose; whoever serves sets it before the first request."""
+        return self._terms.keys
+
+    @keys.setter
+    def keys(self, keys: KeyRing) -> None:
+        self._terms = replace(self._terms, keys=keys)
+
+    @property
+    def oldest_generation(self) -> int:
+        """Number of the oldest generation that a request in flight began under."""
+        begun = (visit.generation for visit in self._visits.values())
+        return min(begun, default=self._terms.generation)
 
     def lets_in(self, authorization: str | None) -> bool:
         """Whether the server accepts the key in the `Authorization` header."""
@@ -127,7 +193,7 @@ class PolicyDesk:
     def offer(self, authorization: str | None) -> tuple[str, ...]:
         """Return the policies that a client may name, its default first."""
         tenant = self.keys.tenant(authorization)
-        return self._public if tenant is None else tenant.policies
+        return self._terms.public if tenant is None else tenant.policies
 
     def admit(
         self,
@@ -143,9 +209,10 @@ class PolicyDesk:
             RequestError: 400 for an unknown policy or drill, 403 for a policy not
                 offered to it and for a drill without the administrator's token.
         """
+        terms = self._terms
         offer = self.offer(authorization)
         policy = offer[0] if field.policy is None else field.policy
-        if policy not in self._known:
+        if policy not in terms.fingerprints:
             raise RequestError(
                 "The policy in 'guard.policy' does not exist; expected one that "
                 "the operator offers, or none for the default.",
@@ -162,11 +229,20 @@ class PolicyDesk:
             self._check_drill(field.drill, admin_token)
         guard_id = f"guard-{secrets.token_hex(16)}"
         expires = time.time() + TICKET_SECONDS
-        ticket = Ticket(guard_id, policy, field.trace, expires, choices, field.drill)
+        ticket = Ticket(
+            guard_id=guard_id,
+            policy=policy,
+            trace=field.trace,
+            expires=expires,
+            choices=choices,
+            drill=field.drill,
+            generation=terms.generation,
+        )
         admission = Admission(guard_id, policy, sign_ticket(ticket, self._secret))
         while len(self._visits) >= self._max_open:
             self._visits.pop(next(iter(self._visits)))
-        self._visits[guard_id] = _Visit(policy)
+        known = terms.fingerprints[policy]
+        self._visits[guard_id] = _Visit(policy, known, terms.generation)
         return admission
 
     def _check_drill(self, drill: str, admin_token: str | None) -> None:
@@ -174,7 +250,7 @@ class PolicyDesk:
         if not self.admin.admits(admin_token):
             message = NO_ADMIN if self.admin.is_set else DRILLS_OFF
             raise RequestError(message, param="guard.drill", status=403)
-        if drill not in self._drills:
+        if drill not in self._terms.drills:
             raise RequestError(
                 "The drill in 'guard.drill' does not exist; expected one that GET "
                 "/guard/drills lists.",
@@ -195,8 +271,8 @@ class PolicyDesk:
         visit = self._visits.get(guard_id)
         if visit is None:
             return
-        known = self._fingerprints[visit.policy]
-        if verdict.policy != visit.policy or verdict.fingerprint != known:
+        found = verdict.policy, verdict.fingerprint
+        if found != (visit.policy, visit.fingerprint):
             logger.error("Request %s was judged under another policy.", guard_id)
             visit.verdicts.pop(choice, None)
             return

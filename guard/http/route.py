@@ -23,7 +23,7 @@ GUARDED: dict[str, Kind] = {
 }
 """Routes whose answers carry a verdict, for POST."""
 
-_PRIVATE = frozenset({"/guard/drills", "/guard/status"})
+_PRIVATE = frozenset({"/guard/drills", "/guard/reload", "/guard/status"})
 """Routes of the guard's own that name policies or drills; the engine's check of keys
 does not cover them."""
 

@@ -27,12 +27,13 @@ def register() -> None:
                 hook,
                 outputs,
                 prefix,
+                reload,
                 runner_v1,
                 runner_v2,
             )
 
-            parts = (hook, runner_v1, runner_v2, admission, prefix, engine, outputs)
-            for part in parts:
+            runners = (runner_v1, runner_v2)
+            for part in (hook, *runners, admission, prefix, engine, outputs, reload):
                 part.install()
 
 

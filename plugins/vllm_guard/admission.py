@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from guard.monitor import column_of
+from guard.generation import Generation
 from guard.request import TICKET_KEY, Ticket, Trace
 from guard.verdict import Verdict, decide, report
 from guard.watch import Watch
@@ -49,6 +49,8 @@ class Watched:
     """Guard id of the HTTP request, or of the ticket of an offline one."""
     name: str
     """Its policy."""
+    generation: Generation
+    """Of policies, under which it began and will end."""
     watch: Watch
     trace: Trace
     """How much of its readings the client asked to see."""
@@ -89,7 +91,7 @@ class Watched:
         return Verdict(
             id=self.id,
             policy=self.name,
-            fingerprint=context.get().fingerprints[self.name],
+            fingerprint=self.generation.fingerprints[self.name],
             mode=policy.mode,
             action=action,
             stage=stage,
@@ -108,7 +110,7 @@ class Watched:
     @property
     def is_blocked(self) -> bool:
         """Whether nothing more of it may leave."""
-        policy_file = context.get().policy_file
+        policy_file = self.generation.policy_file
         if self.fault == "unguarded" and policy_file.on_error == "closed":
             return True
         if self.fault == "unscored" and policy_file.unscored == "block":
@@ -128,10 +130,11 @@ def _preprocess_add_request(
 def admit(request: Any, *, max_model_len: int) -> Watched:
     """Decide which policy a request runs under, and make it so.
 
-    A ticket that this start did not sign, one that is used up, or none at all means
-    the default policy. The request's cache salt is set from the policy, so that no
-    prefix is shared across policies; what the client wrote into either field decides
-    nothing. What a drill computes is shared with nobody, not even with the same drill.
+    A ticket that this start did not sign, one that is used up or of a generation that
+    is gone, or none at all means the default policy. The request's cache salt is set
+    from the policy, so that no prefix is shared across policies; what the client wrote
+    into either field decides nothing. What a drill computes is shared with nobody, not
+    even with the same drill.
 
     Args:
         request: vLLM's `EngineCoreRequest`; changed in place, its params copied.
@@ -147,8 +150,10 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
         )
         if ticket is None and TICKET_KEY in extra_args:
             logger.warning("A ticket was altered, expired or used up; it counts not.")
-    if ticket is None or not _is_known(ticket):
-        ticket = Ticket(uuid.uuid4().hex, state.policy_file.default_policy)
+    generation = None if ticket is None else state.find(ticket.generation)
+    if ticket is None or generation is None or not _is_known(ticket, generation):
+        generation = state.current
+        ticket = Ticket(uuid.uuid4().hex, generation.policy_file.default_policy)
     if params is not None:
         # The children of one request share their params: a copy, never a change.
         request.sampling_params = params = copy.copy(params)
@@ -156,22 +161,22 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
             key: value
             for key, value in extra_args.items()
             if not key.startswith(_OWN_PREFIX)
-        } | {SLOT_KEY: state.slot(ticket.policy)}
+        } | {SLOT_KEY: generation.slot(ticket.policy)}
         if ticket.drill is not None:
-            params.extra_args[DRILL_KEY] = state.drill(ticket.drill)
+            params.extra_args[DRILL_KEY] = generation.drill(ticket.drill)
             request.cache_salt = secrets.token_hex(32)
     request.cache_salt = context.cache_salt(
-        state.fingerprints[ticket.policy], request.cache_salt
+        generation.identify(ticket.policy), request.cache_salt
     )
     prompt_length = _prompt_length(request)
     wanted = prompt_length + ((params and params.max_tokens) or max_model_len)
-    return _watch(ticket, prompt_length, total=min(wanted, max_model_len))
+    total = min(wanted, max_model_len)
+    return _watch(ticket, generation, prompt_length, total=total)
 
 
-def _is_known(ticket: Ticket) -> bool:
-    state = context.get()
-    known = ticket.drill is None or ticket.drill in state.edits
-    return known and ticket.policy in state.policy_file.policies
+def _is_known(ticket: Ticket, generation: Generation) -> bool:
+    known = ticket.drill is None or ticket.drill in generation.edits
+    return known and ticket.policy in generation.policy_file.policies
 
 
 def _prompt_length(request: Any) -> int:
@@ -179,29 +184,27 @@ def _prompt_length(request: Any) -> int:
     return len(request.prompt_embeds if prompt is None else prompt)
 
 
-def _watch(ticket: Ticket, prompt_length: int, *, total: int) -> Watched:
-    state = context.get()
-    policy = state.policy_file.policies[ticket.policy]
-    columns = [
-        state.columns.index(column_of(state.policy_file, monitor))
-        for monitor in policy.monitors
-    ]
+def _watch(
+    ticket: Ticket, generation: Generation, prompt_length: int, *, total: int
+) -> Watched:
+    policy = generation.policy_file.policies[ticket.policy]
     saes = {monitor.sae for monitor in policy.monitors}
     holds = policy.hold_tokens > 0 and policy.mode == "enforce"
     return Watched(
         id=ticket.guard_id,
         name=ticket.policy,
+        generation=generation,
         trace=ticket.trace,
         held=Holding(policy.hold_tokens) if holds else None,
         drill=ticket.drill,
         watch=Watch(
             policy,
-            columns=columns,
-            thresholds=state.thresholds(ticket.policy, total),
+            columns=generation.column_numbers(ticket.policy),
+            thresholds=generation.thresholds(ticket.policy, total),
             prompt_length=prompt_length,
             seen_columns={
                 f"{column.score}:{column.sae}": number
-                for number, column in enumerate(state.columns)
+                for number, column in enumerate(generation.layout)
                 if column.entry is None and column.sae in saes
             },
         ),

@@ -3,14 +3,14 @@
 One board in each API server, and in the process of an offline `LLM`.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from guard.generation import Generation
 from guard.http.desk import PolicyDesk
+from guard.http.keys import KeyRing
 from guard.metrics import Metrics
-from guard.policy import PolicyFile
 from guard.verdict import Verdict
 from vllm_guard.readings import Progress
 
@@ -22,33 +22,50 @@ class Board:
 
     def __init__(
         self,
-        policy_file: PolicyFile,
-        fingerprints: Mapping[str, str],
+        generation: Generation,
         *,
         secret: bytes,
-        certificates: Mapping[str, str] | None = None,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        """Open the desk and declare the metrics of a policy file.
+        """Open the desk and declare the metrics of a generation of policies.
 
         Args:
-            policy_file: Whose policies are served.
-            fingerprints: Of each policy, by name.
+            generation: Whose policies are served.
             secret: Per-start secret shared with the engine core.
-            certificates: Name of each policy that has one to the certificate's id.
             registry: Where the metrics are registered, once.
         """
-        sources = policy_file.saes
+        policy_file, fingerprints = generation.policy_file, generation.fingerprints
         self.desk = PolicyDesk(policy_file, fingerprints, secret=secret)
         self.metrics = Metrics(
             policy_file,
             fingerprints=fingerprints,
-            digests={name: source.sha256 for name, source in sources.items()},
-            certificates=certificates,
+            digests=_digests(generation),
+            certificates=_certificates(generation),
             registry=registry,
         )
         self.ready = False
         """Whether every engine has said that it is guarded."""
+
+    def show(self, generation: Generation, *, keys: KeyRing) -> None:
+        """Let requests in under another generation, and show its series.
+
+        Args:
+            generation: The new one.
+            keys: Whose API key is whose there.
+        """
+        self.desk.offer_terms(
+            generation.policy_file,
+            generation.fingerprints,
+            keys=keys,
+            generation=generation.number,
+        )
+        self.metrics.show_policies(
+            generation.policy_file,
+            fingerprints=generation.fingerprints,
+            digests=_digests(generation),
+            certificates=_certificates(generation),
+            generation=generation.number,
+        )
 
     def take(self, request: Any, progress: Progress) -> None:
         """Keep a request's progress: vLLM's `RequestState` carries its verdict."""
@@ -81,6 +98,14 @@ class Board:
                 self.metrics.observe_error_norm(value)
             elif name.startswith("clamp_residual:"):
                 self.metrics.observe_clamp_residual(value)
+
+
+def _digests(generation: Generation) -> dict[str, str]:
+    return {name: sae.sha256 for name, sae in generation.policy_file.saes.items()}
+
+
+def _certificates(generation: Generation) -> dict[str, str]:
+    return {name: found.id for name, found in generation.certificates.items()}
 
 
 def _choice_of(request: Any) -> int:

@@ -19,15 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from guard.calibration import Calibration, policy_thresholds
-from guard.certificate import Attestation, load_certificates
-from guard.check import check_calibrations, load_calibrations
-from guard.drill import RecoveryEdit, load_edits
 from guard.errors import GuardError, PolicyError
-from guard.fingerprint import file_fingerprint, fingerprint
+from guard.generation import Generation, load_generation
 from guard.hook import HookPoint
-from guard.monitor import Column, list_columns
-from guard.policy import PolicyFile, load_policy
+from guard.policy import load_policy
 from guard.request import (
     TICKET_KEY,
     TICKET_SECONDS,
@@ -41,12 +36,14 @@ from vllm_guard.recorder import Recorder
 
 if TYPE_CHECKING:
     from vllm_guard.board import Board
+    from vllm_guard.reload import ReloadBook
     from vllm_guard.rows import StepRows
 
 __all__ = [
     "FAULT_VARIABLE",
     "POLICY_VARIABLE",
     "RECORD_VARIABLE",
+    "WATCH_VARIABLE",
     "Context",
     "cache_salt",
     "enter",
@@ -67,6 +64,8 @@ FINGERPRINT_VARIABLE = "GUARD_FINGERPRINT"
 """Fingerprint of the policy file as the first process read it."""
 RECORD_VARIABLE = "GUARD_RECORD"
 """Set where monitors are not run but what they would see is recorded."""
+WATCH_VARIABLE = "GUARD_WATCH"
+"""Set where the policy file is watched, and reloaded when it changes."""
 FAULT_VARIABLE = "GUARD_FAULT_FILE"
 """File into which a process that cannot start writes its one line."""
 
@@ -75,25 +74,19 @@ FAULT_VARIABLE = "GUARD_FAULT_FILE"
 class Context:
     """What this process knows."""
 
-    policy_file: PolicyFile
-    fingerprint: str
-    """Of the whole policy file."""
-    fingerprints: dict[str, str]
-    """Of each policy, by name."""
-    columns: tuple[Column, ...]
-    calibrations: dict[str, Calibration]
-    """By path, as the monitors name them."""
-    certificates: dict[str, Attestation]
-    """Of those policies that have one, by name."""
-    edits: dict[str, RecoveryEdit]
-    """Of the drills, by name, in their order."""
+    start: Generation
+    """What this process began with, for which everything was laid out."""
+    current: Generation
+    """What a request runs under that begins now."""
     secret: bytes
     hook_points: tuple[HookPoint, ...] = ()
     """Where the model is hooked."""
     recorder: Recorder | None = None
     """In a worker, where requests are recorded and not monitored."""
-    holds: bool = False
-    """Whether any policy keeps tokens back."""
+    previous: Generation | None = None
+    """What requests may still run under that began before the last reload."""
+    staged: Generation | None = None
+    """What a reload has prepared, and not yet made current."""
     rows: "StepRows | None" = None
     """In a worker: the row map, once the model is loaded."""
     board: "Board | None" = None
@@ -104,34 +97,22 @@ class Context:
     """In the engine core: tokens and errors not yet told to an API server."""
     hook_seconds: list[float] = field(default_factory=list)
     """In the engine core: timed calls of hooks not yet told either."""
-    _thresholds: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = field(
-        default_factory=dict
-    )
-    """By policy and bucket of each calibration."""
+    reloads: "ReloadBook | None" = None
+    """In the engine core: what it knows of reloads."""
 
-    def slot(self, policy: str) -> int:
-        """Return the slot of a policy; 0 is no policy at all."""
-        return list(self.policy_file.policies).index(policy) + 1
+    def find(self, number: int | None) -> Generation | None:
+        """Return a generation that lives, by its number; None is the current one."""
+        if number is None:
+            return self.current
+        alive = (self.current, self.previous)
+        return next((one for one in alive if one and one.number == number), None)
 
-    def thresholds(self, policy: str, total_length: int) -> tuple[float, ...]:
-        """Return the threshold of each monitor of a policy, in their order.
-
-        Args:
-            policy: Its name.
-            total_length: Most tokens the request can have, prompt and output.
-        """
-        # Asked for every request: what is shared how is worked out once.
-        buckets = tuple(c.bucket(total_length) for c in self.calibrations.values())
-        if (policy, buckets) not in self._thresholds:
-            entry = self.policy_file.policies[policy]
-            found = policy_thresholds(entry, self.calibrations, total_length)
-            ordered = tuple(found[monitor.name] for monitor in entry.monitors)
-            self._thresholds[policy, buckets] = ordered
-        return self._thresholds[policy, buckets]
-
-    def drill(self, name: str | None) -> int:
-        """Return the number of a drill; 0 is no drill at all."""
-        return 0 if name is None else list(self.edits).index(name) + 1
+    def commit(self) -> None:
+        """Let new requests run under what was staged."""
+        if self.staged is not None:
+            # In this order: another thread may look for either between the two.
+            self.previous = self.current
+            self.current, self.staged = self.staged, None
 
 
 _context: Context | None = None
@@ -165,28 +146,16 @@ def enter() -> bool:
         # Monitors that are not calibrated yet: only their places are of interest.
         policy_file = policy_file.without_monitors()
         recorder = Recorder()
-    certificates = load_certificates(policy_file)
-    found = file_fingerprint(policy_file)
-    _check_unchanged(path, found)
+    generation = load_generation(policy_file)
+    _check_unchanged(path, generation.fingerprint)
     if not os.environ.get(SECRET_VARIABLE):
         os.environ[SECRET_VARIABLE] = secrets.token_hex(32)
-    calibrations = load_calibrations(policy_file)
-    # Now, and not at a request, where a calibration does not fit.
-    check_calibrations(policy_file, calibrations)
     _context = Context(
-        policy_file=policy_file,
-        fingerprint=found,
-        fingerprints={
-            name: fingerprint(policy_file, name) for name in policy_file.policies
-        },
-        columns=list_columns(policy_file),
-        calibrations=calibrations,
-        certificates=certificates,
-        edits=load_edits(policy_file),
+        start=generation,
+        current=generation,
         secret=bytes.fromhex(os.environ[SECRET_VARIABLE]),
         hook_points=tuple(map(HookPoint.parse, hook_points)),
         recorder=recorder,
-        holds=any(policy.hold_tokens for policy in policy_file.policies.values()),
     )
     return True
 
@@ -224,13 +193,7 @@ def get_board(registry: CollectorRegistry = REGISTRY) -> "Board":
 
     state = get()
     if state.board is None:
-        state.board = Board(
-            state.policy_file,
-            state.fingerprints,
-            secret=state.secret,
-            certificates={name: one.id for name, one in state.certificates.items()},
-            registry=registry,
-        )
+        state.board = Board(state.current, secret=state.secret, registry=registry)
     return state.board
 
 
@@ -263,12 +226,13 @@ def sampling_args(
         PolicyError: The policy file has no such policy or drill.
     """
     context = get()
-    if policy not in context.policy_file.policies:
-        known = ", ".join(context.policy_file.policies)
+    current = context.current
+    if policy not in current.policy_file.policies:
+        known = ", ".join(current.policy_file.policies)
         message = f"Unknown policy {policy!r}; expected one of {known}."
         raise PolicyError(message)
-    if drill is not None and drill not in context.edits:
-        known = ", ".join(context.edits) or "none"
+    if drill is not None and drill not in current.edits:
+        known = ", ".join(current.edits) or "none"
         message = f"Unknown drill {drill!r}; expected one of {known}."
         raise PolicyError(message)
     ticket = Ticket(
@@ -281,11 +245,15 @@ def sampling_args(
     return {TICKET_KEY: sign_ticket(ticket, context.secret)}
 
 
-def cache_salt(policy_fingerprint: str, client_salt: str | None) -> str:
+def cache_salt(policy: str, client_salt: str | None) -> str:
     """Return the salt under which a request's KV blocks are shared.
 
     Equal policies share a prefix, different ones never do; a client's own salt only
     ever narrows that.
+
+    Args:
+        policy: `Generation.identify` of it.
+        client_salt: What the request brought along.
     """
-    parts = f"{compat.PLUGIN_VERSION}|{policy_fingerprint}|{client_salt or ''}"
+    parts = f"{compat.PLUGIN_VERSION}|{policy}|{client_salt or ''}"
     return hashlib.sha256(parts.encode()).hexdigest()

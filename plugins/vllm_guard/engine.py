@@ -56,7 +56,8 @@ def _collective_rpc(
     if method == "guard_status":
         own = {
             "role": "engine_core",
-            "fingerprint": context.get().fingerprint,
+            "fingerprint": context.get().current.fingerprint,
+            "generation": context.get().current.number,
             "world_size": core.vllm_config.parallel_config.world_size,
         }
         answers = [*answers, own]
@@ -237,8 +238,6 @@ def _list_holders(scheduler: Any) -> dict[str, Watched]:
 
     All requests: an error of vLLM's may end one that is not part of the step.
     """
-    if not context.get().holds:
-        return {}
     return {
         request_id: request.guard
         for request_id, request in scheduler.requests.items()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from guard.check import check_origin, load_saes
 from guard.errors import EngineError, SaeError
+from guard.generation import Generation
 from guard.hook import HookPoint
 from guard.pipeline import Guard, StepBuffers, build_guards
 from guard.sae.model import Sae
@@ -76,27 +77,30 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
         GuardError: Something does not fit, or the hook does not do what it should.
     """
     state = context.get()
+    start = state.start
     layers = find_layers(model, config)
     step = StepBuffers(
         max_tokens=config.scheduler_config.max_num_batched_tokens,
         max_requests=config.scheduler_config.max_num_seqs,
-        num_columns=len(state.columns),
+        num_columns=len(start.layout),
+        # Whoever records serves nobody, and will not be asked to serve others.
+        num_slots=None if state.recorder else start.num_slots,
     )
-    saes = load_saes(state.policy_file)
+    saes = load_saes(start.policy_file)
     hidden_size = config.model_config.get_hidden_size()
     check_widths(saes, hidden_size)
     check_origin(
-        state.calibrations,
+        start.calibrations,
         model=compat.digest(config.model_config),
         dtype=compat.dtype_name(config.model_config),
     )
     guards = build_guards(
-        state.policy_file,
+        start.policy_file,
         saes,
-        state.calibrations,
+        start.calibrations,
         step,
         d_model=hidden_size,
-        edits=state.edits,
+        edits=start.edits,
         hook_points=state.hook_points,
     )
     for at in guards:
@@ -115,29 +119,29 @@ def attach(model: nn.Module, config: "VllmConfig", device: torch.device) -> None
             selftest.check_stream(
                 layers[place:],
                 config,
-                allow_unverified=state.policy_file.allow_unverified_model,
+                allow_unverified=start.policy_file.allow_unverified_model,
             )
             _hook_layer(layers[place], index)
         selftest.check_canary(
             guard,
-            state.policy_file,
+            start,
             dtype=config.model_config.dtype,
             width=hidden_size,
         )
-    drills = enumerate(state.policy_file.drills, 1)
     state.rows = StepRows(
         step,
         num_hooks=len(parts),
-        default_slot=default_slot(),
-        whole_prompt={i for i, drill in drills if drill.position == "all_prompt"},
+        default_slot=start.slot(start.policy_file.default_policy),
+        whole_prompt=list_whole(start),
     )
     _salt_compile_cache(config, parts)
 
 
-def default_slot() -> int:
-    """Return the slot of the default policy."""
-    state = context.get()
-    return state.slot(state.policy_file.default_policy)
+def list_whole(generation: Generation) -> set[int]:
+    """Return the numbers of those drills that go to every row of a prompt."""
+    drills = generation.policy_file.drills
+    whole = (drill.name for drill in drills if drill.position == "all_prompt")
+    return set(map(generation.drill, whole))
 
 
 def check_widths(saes: Mapping[str, Sae], hidden_size: int) -> None:
@@ -285,7 +289,8 @@ def _guard_status(worker: Any) -> dict[str, Any]:
     return {
         "role": "worker",
         "rank": worker.rank,
-        "fingerprint": state.fingerprint,
+        "fingerprint": state.current.fingerprint,
+        "generation": state.current.number,
         "hooks": [str(guard.hook_point) for guard in ops.bound()],
         "ready": state.rows is not None,
     }

@@ -5,7 +5,9 @@ a mistake is one line within seconds and not a stack trace after minutes.
 """
 
 import logging
+import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,13 +34,16 @@ logger = logging.getLogger(__name__)
 MIDDLEWARE = "vllm_guard.server.ServingMiddleware"
 
 
-def serve(model: str, policy: Path, arguments: Sequence[str]) -> None:
+def serve(
+    model: str, policy: Path, arguments: Sequence[str], *, watch: bool = False
+) -> None:
     """Serve `model` under the policies of a file, until interrupted.
 
     Args:
         model: What vLLM takes: a folder or a name.
         policy: The policy file.
         arguments: Further arguments, vLLM's own.
+        watch: Whether the policy file is reloaded when it changes.
 
     Raises:
         GuardError: Something does not fit; said before or during the start.
@@ -46,7 +51,7 @@ def serve(model: str, policy: Path, arguments: Sequence[str]) -> None:
     policy_file = load_policy(policy)
     saes = check_policy(policy_file)
     _check_model(model)
-    _set_environment(policy)
+    _set_environment(policy, watch=watch)
     # Only now: importing vLLM takes longer than all of the above.
     import vllm_guard
     from vllm_guard import compat, hook, server
@@ -80,10 +85,14 @@ def _check_model(model: str) -> None:
         raise EngineError(message)
 
 
-def _set_environment(policy: Path) -> None:
+def _set_environment(policy: Path, *, watch: bool) -> None:
     # A start of its own, whatever the environment brought along.
     context.reset()
-    os.environ[context.POLICY_VARIABLE] = str(policy.resolve())
+    # A link stays one: what it leads to may be another file at the next reload.
+    os.environ[context.POLICY_VARIABLE] = str(policy.absolute())
+    os.environ.pop(context.WATCH_VARIABLE, None)
+    if watch:
+        os.environ[context.WATCH_VARIABLE] = "1"
     plugins = os.environ.get("VLLM_PLUGINS")
     names = plugins.split(",") if plugins else []
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "guard"]))
@@ -146,6 +155,7 @@ def _run(args: "Namespace") -> None:
     from vllm.logger import configure_logging_from_args
 
     configure_logging_from_args(args)
+    signal.signal(signal.SIGHUP, _pass_on)
     with tempfile.TemporaryDirectory(prefix="guard-") as folder:
         fault = Path(folder, "fault")
         os.environ[context.FAULT_VARIABLE] = str(fault)
@@ -159,3 +169,15 @@ def _run(args: "Namespace") -> None:
                 raise EngineError(fault.read_text(encoding="utf-8")) from error
             logger.exception("The server ended.")
             raise EngineError(_explain(error, args.model)) from error
+
+
+def _pass_on(number: int, _frame: object) -> None:
+    """Let one API server reload, where this process is none and only starts several.
+
+    Where it is the API server itself, that has a handler of its own once it is up;
+    until then there is nothing to reload.
+    """
+    for child in multiprocessing.active_children():
+        if child.name.startswith("ApiServer") and child.pid is not None:
+            os.kill(child.pid, number)
+            return

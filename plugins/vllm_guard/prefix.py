@@ -22,7 +22,7 @@ def install() -> None:
     vLLM has no notion of a block that is cached but not yet computed. Remove when a
     lookup can be told to leave those out.
     """
-    if not any(map(remembers, context.get().policy_file.policies.values())):
+    if not any(map(remembers, context.get().start.policy_file.policies.values())):
         return
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheManager

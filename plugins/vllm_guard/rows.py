@@ -4,7 +4,7 @@ Runs in the worker, on the host. This is the core; `runner_v1` and `runner_v2` a
 adapters to vLLM's two model runners, which know the rows at different moments.
 """
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ class StepRows:
         *,
         num_hooks: int,
         default_slot: int,
-        whole_prompt: Container[int] = (),
+        whole_prompt: Iterable[int] = (),
     ) -> None:
         """Serve the given buffers.
 
@@ -87,7 +87,8 @@ class StepRows:
         """Group of KV blocks beside which readings are kept; holds every position."""
         self.num_hooks = num_hooks
         """Hooks every row must pass."""
-        self._whole_prompt = whole_prompt
+        self.whole_prompt = set(whole_prompt)
+        """Drills that go to every row of a prompt, not only to its last."""
         self._requests: list[StepRequest] = []
         self._kv_slots: Tensor | None = None
         self._index: dict[str, int] = {}
@@ -135,6 +136,7 @@ class StepRows:
         counts = np.array([request.num_rows for request in requests], dtype=np.int64)
         starts = counts.cumsum() - counts
         slots = [request.slot for request in requests]
+        self.step.banks = tuple({self.step.bank_of(slot) for slot in slots}) or (0,)
         none = np.zeros_like(counts)
         whose = np.array([slots, indices, starts, none], dtype=np.int64).T
         num_rows, host = int(counts.sum()), self._host.numpy()
@@ -156,7 +158,7 @@ class StepRows:
         often it comes by; a BOS at position 0 is left alone, as it is by the clamp.
         """
         end = request.num_prompt_tokens
-        begin = 0 if request.drill in self._whole_prompt else end - 1
+        begin = 0 if request.drill in self.whole_prompt else end - 1
         begin = max(begin, int(request.starts_with_bos))
         return slice(max(begin - request.first, 0), max(end - request.first, 0))
 

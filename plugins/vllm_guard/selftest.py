@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from guard.clamp import clamp_resid
 from guard.errors import EngineError
+from guard.generation import Generation
 from guard.pipeline import Guard, read_resid
-from guard.policy import PolicyFile
 from vllm_guard import ops
 from vllm_guard.rows import StepRows
 
@@ -118,21 +118,23 @@ def _silent_attention(layer: nn.Module) -> Iterator[None]:
 
 
 def check_canary(
-    guard: Guard, policy_file: PolicyFile, *, dtype: torch.dtype, width: int
+    guard: Guard, generation: Generation, *, dtype: torch.dtype, width: int
 ) -> None:
     """Send rows of every policy through the op, and hold them against the reference.
 
+    Between two steps, it leaves what requests have shown so far as it was.
+
     Args:
         guard: Bound to the op.
-        policy_file: What its policies are.
+        generation: What its policies are.
         dtype: Of the stream.
         width: Of the stream.
 
     Raises:
         EngineError: The op did something else than the plain clamp, or than a drill.
     """
-    _check_drills(guard, dtype=dtype, width=width)
-    for slot, (name, policy) in enumerate(policy_file.policies.items(), start=1):
+    _check_drills(guard, generation, dtype=dtype, width=width)
+    for name, policy in generation.policy_file.policies.items():
         resid = _make_canary(guard, width).to(dtype)
         expected = resid.float()
         for part in guard.dictionaries:
@@ -142,12 +144,14 @@ def check_canary(
             guard,
             resid,
             expected,
-            rows=(slot, 1, 0, 0),
+            rows=(generation.slot(name), 1, 0, 0),
             what=f"The clamp at '{guard.hook_point}' under policy {name!r}",
         )
 
 
-def _check_drills(guard: Guard, *, dtype: torch.dtype, width: int) -> None:
+def _check_drills(
+    guard: Guard, generation: Generation, *, dtype: torch.dtype, width: int
+) -> None:
     """Send rows of every drill through the op: each gets its own edit and no other.
 
     Raises:
@@ -156,11 +160,11 @@ def _check_drills(guard: Guard, *, dtype: torch.dtype, width: int) -> None:
     if guard.drills is None:
         return
     resid = _make_canary(guard, width).to(dtype)
-    for number, delta in enumerate(guard.drills):
+    for number in (0, *map(generation.drill, generation.edits)):
         _hold(
             guard,
             resid,
-            resid.float() + delta,
+            resid.float() + guard.drills[number],
             rows=(0, 1, 0, number),
             what=f"Drill {number} at '{guard.hook_point}'",
         )
@@ -179,13 +183,17 @@ def _hold(
     Raises:
         EngineError: It is off by more than rounding.
     """
-    guard.step.clear()
-    guard.step.state.zero_()
-    guard.step.rows_in[: len(resid)] = torch.tensor(rows, device=resid.device)
+    step = guard.step
+    met, banks = step.state.clone(), step.banks
+    step.clear()
+    step.state.zero_()
+    step.rows_in[: len(resid)] = torch.tensor(rows, device=resid.device)
+    step.banks = (step.bank_of(rows[0]),)
     hidden_states = resid.clone()
     ops.call_guard(hidden_states, None, ops.bound().index(guard))
-    guard.step.clear()
-    guard.step.state.zero_()
+    step.clear()
+    step.state.copy_(met)
+    step.banks = banks
     gap = (hidden_states.float() - expected).abs().max()
     bound = 4 * torch.finfo(resid.dtype).eps * expected.abs().max() + 1e-3
     if not gap <= bound:
@@ -205,7 +213,8 @@ def _make_canary(guard: Guard, width: int) -> Tensor:
         return plain.to(guard.step.marks.device)
     rows = []
     for part in guard.dictionaries:
-        sae, latents = part.sae, part.clamp.columns
+        sae = part.sae
+        latents = torch.tensor(part.clamp.latents, device=sae.W_dec.device).long()
         generator = torch.Generator().manual_seed(0)
         weights = torch.rand(NUM_ROWS, len(latents), generator=generator)
         directions = sae.directions(latents)

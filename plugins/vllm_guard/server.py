@@ -3,29 +3,40 @@
 Runs in each API server.
 """
 
+import contextlib
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from guard import __version__
 from guard.certificate import Attestation
 from guard.errors import EngineError
-from guard.http.desk import DRILLS_OFF, NO_ADMIN
-from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken, KeyRing
+from guard.http.desk import DRILLS_OFF, NO_ADMIN, NO_RELOAD, RELOAD_OFF
+from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken
 from guard.http.middleware import GuardMiddleware, send_error
 from guard.http.openai import error_body
-from guard.policy import PolicyFile
 from vllm_guard import context
+from vllm_guard.rollout import WAIT_SECONDS, Rollout, read_keys
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.datastructures import Headers
     from starlette.types import Receive, Scope, Send
 
 __all__ = ["GuardEndpoint", "ServingMiddleware", "read_admin", "read_keys"]
 
 logger = logging.getLogger(__name__)
+
+_RELOAD_CODES: Mapping[str, int] = {"success": 200, "refused": 422, "busy": 409}
+"""HTTP status of what became of a reload."""
+_MOST_WAIT_SECONDS = 3600.0
+_WAIT_EXPECTED = (
+    "'wait' is no time; expected how many seconds to wait for requests that began "
+    f"before the last reload, at most {_MOST_WAIT_SECONDS:g}."
+)
 
 
 class ServingMiddleware(GuardMiddleware):
@@ -54,16 +65,17 @@ class GuardEndpoint:
     def __init__(self) -> None:
         """Know no engine yet; `init_state` brings it."""
         self._client: Any = None
+        self._rollout: Rollout | None = None
 
     def attach_router(self, app: "FastAPI") -> None:
-        """Add `/guard/ready`, `/guard/status` and `/guard/drills`."""
+        """Add `/guard/ready`, `/guard/status`, `/guard/drills`, `/guard/reload`."""
         from fastapi.responses import JSONResponse, Response
         from starlette.requests import Request
 
         @app.get("/guard/ready")
         async def ready() -> JSONResponse:
             try:
-                await check_engines(self._client)
+                await self._check()
             except EngineError as error:
                 return JSONResponse({"ready": False, "reason": str(error)}, 503)
             return JSONResponse({"ready": True})
@@ -71,17 +83,69 @@ class GuardEndpoint:
         @app.get("/guard/status")
         async def status(request: Request) -> JSONResponse:
             authorization = request.headers.get("authorization")
-            offer = context.get_board().desk.offer(authorization)
-            return JSONResponse(await describe(self._client, offer))
+            desk = context.get_board().desk
+            said = await describe(self._client, desk.offer(authorization))
+            # What is wrong with a file may name what is no business of a tenant.
+            is_open = not context.get().current.policy_file.tenants
+            is_admin = desk.admin.admits(request.headers.get(ADMIN_HEADER))
+            said["last_reload"] = await self._tell_last(with_reason=is_open or is_admin)
+            return JSONResponse(said)
 
         @app.get("/guard/drills")
         async def drills(request: Request) -> Response:
+            if refusal := refuse(request.headers, off=DRILLS_OFF, stranger=NO_ADMIN):
+                return refusal
+            return JSONResponse({"drills": list_drills()})
+
+        @app.post("/guard/reload")
+        async def reload(request: Request) -> Response:
+            if refusal := refuse(request.headers, off=RELOAD_OFF, stranger=NO_RELOAD):
+                return refusal
+            assert self._rollout is not None, "a route was called before the start"
+            try:
+                wait = float(request.query_params.get("wait", WAIT_SECONDS))
+            except ValueError:
+                wait = -1.0
+            if not 0 <= wait <= _MOST_WAIT_SECONDS:
+                body = error_body(_WAIT_EXPECTED, status=400, param="wait")
+                return Response(body, 400, media_type="application/json")
+            outcome = await self._rollout.reload(wait=wait)
+            code = _RELOAD_CODES[outcome.result]
+            if outcome.reason is None:
+                return JSONResponse(asdict(outcome), code)
+            body = error_body(f"The policies stay: {outcome.reason}", status=code)
+            return Response(body, code, media_type="application/json")
+
+        def refuse(headers: "Headers", *, off: str, stranger: str) -> Response | None:
+            """Return what whoever is no administrator is told."""
             admin = context.get_board().desk.admin
-            if admin.admits(request.headers.get(ADMIN_HEADER)):
-                return JSONResponse({"drills": list_drills()})
-            said, code = (NO_ADMIN, 403) if admin.is_set else (DRILLS_OFF, 404)
+            if admin.admits(headers.get(ADMIN_HEADER)):
+                return None
+            said, code = (stranger, 403) if admin.is_set else (off, 404)
             body = error_body(said, status=code)
             return Response(body, code, media_type="application/json")
+
+    async def _check(self) -> None:
+        """Check the engines; in the midst of a reload, once more after it."""
+        try:
+            await check_engines(self._client)
+        except EngineError:
+            if self._rollout is None:
+                raise
+            with contextlib.suppress(Exception):  # what is wrong, the check says
+                await self._rollout.follow()
+            await check_engines(self._client)
+
+    async def _tell_last(self, *, with_reason: bool) -> dict[str, Any] | None:
+        """Return the outcome of the last reload, if there was one."""
+        if self._rollout is None:
+            return None
+        with contextlib.suppress(Exception):  # the status says so of the engines
+            await self._rollout.follow()
+        told = self._rollout.last
+        if told is None or with_reason:
+            return told
+        return {key: value for key, value in told.items() if key != "reason"}
 
     async def init_state(
         self, engine_client: Any, _state: Any, args: Namespace
@@ -96,20 +160,12 @@ class GuardEndpoint:
         self._client = engine_client
         board = context.get_board()
         with context.reporting():
-            board.desk.keys = read_keys(args, context.get().policy_file)
+            board.desk.keys = read_keys(args, context.get().start.policy_file)
             board.desk.admin = read_admin()
         await check_engines(engine_client)
+        self._rollout = Rollout(engine_client, args)
+        self._rollout.start()
         board.ready = True
-
-
-def read_keys(args: Namespace, policy_file: PolicyFile) -> KeyRing:
-    """Return the keys that vLLM's own check accepts, and whose they are.
-
-    Raises:
-        PolicyError: The key of a tenant is not among them.
-    """
-    given = args.api_key or [os.environ.get("VLLM_API_KEY")]
-    return KeyRing(policy_file.tenants, accepted=[key for key in given if key])
 
 
 def read_admin() -> AdminToken:
@@ -131,7 +187,7 @@ def list_drills() -> list[dict[str, Any]]:
             "budget": edit.budget,
             "position": edit.position,
         }
-        for name, edit in context.get().edits.items()
+        for name, edit in context.get().current.edits.items()
     ]
 
 
@@ -151,7 +207,7 @@ async def check_engines(client: Any) -> None:
     Raises:
         EngineError: Says which part is not.
     """
-    expected = context.get().fingerprint
+    expected = context.get().current.fingerprint
     try:
         engines = await ask_engines(client)
     except Exception as error:  # vLLM raises bare Exceptions for a failed call
@@ -183,7 +239,7 @@ async def check_engines(client: Any) -> None:
 
 async def describe(client: Any, offer: Sequence[str]) -> dict[str, Any]:
     """Return the JSON of `/guard/status` for a client to whom policies are offered."""
-    state = context.get()
+    current = context.get().current
     try:
         engines: Any = await ask_engines(client)
     except Exception as error:
@@ -191,13 +247,14 @@ async def describe(client: Any, offer: Sequence[str]) -> dict[str, Any]:
         engines = None
     return {
         "version": __version__,
-        "fingerprint": state.fingerprint,
+        "generation": current.number,
+        "fingerprint": current.fingerprint,
         "default_policy": offer[0],
         "policies": {
             name: {
-                "fingerprint": state.fingerprints[name],
-                "mode": state.policy_file.policies[name].mode,
-                "certificate": _describe_certificate(state.certificates.get(name)),
+                "fingerprint": current.fingerprints[name],
+                "mode": current.policy_file.policies[name].mode,
+                "certificate": _describe_certificate(current.certificates.get(name)),
             }
             for name in offer
         },

@@ -38,7 +38,7 @@ if is_on("unimportable") and not _IS_API_SERVER:
 def register() -> None:
     if is_on("unimportable"):
         return
-    from vllm_guard import engine, hook, runner_v1
+    from vllm_guard import engine, hook, reload, runner_v1
 
     from guard.pipeline import Guard
 
@@ -47,6 +47,7 @@ def register() -> None:
     switch(runner_v1, "attach", fault="readings-lost")
     switch(runner_v1, "slots_of_positions", fault="scores-lost")
     switch(engine, "_tell", fault="verdicts-lost")
+    fail(reload, "stage_tables", fault="stage-fails")
     delay(runner_v1, "list_requests", fault="slow-steps")
     if is_on("file-changes") and not _IS_API_SERVER:
         about = (_FOLDER / "file-changes").read_text(encoding="utf-8")
@@ -63,6 +64,19 @@ def switch(owner: Any, name: str, *, fault: str) -> None:
         return None if is_on(fault) else original(*args, **kwargs)
 
     setattr(owner, name, switched)
+
+
+def fail(owner: Any, name: str, *, fault: str) -> None:
+    """Let `owner.name` do its work while the fault is on, and then fail."""
+    original = getattr(owner, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if is_on(fault):
+            raise OSError("the disk is on fire")
+        return result
+
+    setattr(owner, name, failing)
 
 
 def delay(owner: Any, name: str, *, fault: str) -> None:

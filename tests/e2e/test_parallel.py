@@ -6,7 +6,10 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
+from e2e.drills import ADMIN_TOKEN
 from e2e.faults import Faults
+from e2e.reloads import dump, post_reload
 from e2e.serving import (
     TOY_POLICIES,
     Server,
@@ -70,7 +73,9 @@ def two_ranks(
         toy.model,
         toy.write_policy("two-ranks", tripwires.add_to(TOY_POLICIES)),
         *("--block-size", "32", *TENSOR_PARALLEL),
-        environment=faults.environment | BOUND_CORES | {"PYTHONPATH": path},
+        environment=faults.environment
+        | BOUND_CORES
+        | {"PYTHONPATH": path, "GUARD_ADMIN_TOKEN": ADMIN_TOKEN},
     )
     yield server
     stop(server.process)
@@ -157,6 +162,34 @@ def test_a_token_that_one_rank_did_not_guard_never_leaves(
     unscored = 'guard_unscored_tokens_total{reason="no_reading"}'
     assert after[unscored] - before[unscored] == 4
     assert ask(two_ranks, prompt, "held").guard["action"] == "allow"
+
+
+def test_a_rank_that_cannot_stage_stops_the_other(
+    two_ranks: Server, toy: Toy, tripwires: Tripwires, faults: Faults
+) -> None:
+    body = yaml.safe_load(tripwires.add_to(TOY_POLICIES))
+    held = body["policies"]["held"]["clamps"][0]
+    held |= {"law": "set", "value": 25.0}
+    before = ask(two_ranks, PROMPT, "held")
+    status = json.loads(two_ranks.get("/guard/status"))
+    toy.write_policy("two-ranks", dump(body))
+    with faults.on("stage-fails-on-rank-1"):
+        refused = post_reload(two_ranks)
+    assert refused.status_code == 422
+    assert "rank 1: OSError: the disk is on fire" in refused.text
+    after = json.loads(two_ranks.get("/guard/status"))
+    assert after["engines"] == status["engines"]
+    same = ask(two_ranks, PROMPT, "held")
+    assert same.choices[0].token_ids == before.choices[0].token_ids
+    assert post_reload(two_ranks).json()["generation"] == 2
+    (engine,) = json.loads(two_ranks.get("/guard/status"))["engines"]
+    assert [answer["generation"] for answer in engine] == [2, 2, 2]
+    changed = ask(two_ranks, PROMPT, "held")
+    assert changed.choices[0].token_ids != before.choices[0].token_ids
+    assert changed.guard["fingerprint"] != before.guard["fingerprint"]
+    with faults.on("op-stops-on-rank-1"):
+        blocked = ask(two_ranks, "w72 w1 w2", "held")
+    assert blocked.guard["reason"] == "unguarded"
 
 
 def test_a_rank_without_its_hook_does_not_start(

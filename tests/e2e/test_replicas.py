@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
+from e2e.drills import ADMIN_TOKEN
+from e2e.reloads import dump, post_reload, wait_for_generation
 from e2e.serving import (
     TOY_POLICIES,
     Server,
@@ -46,7 +50,7 @@ def replicas(
         toy.write_policy("replicas", tripwires.add_to(TOY_POLICIES)),
         *("--block-size", "32", "--enforce-eager"),
         *("--data-parallel-size", "2", "--api-server-count", "2"),
-        environment=record.begin(),
+        environment=record.begin() | {"GUARD_ADMIN_TOKEN": ADMIN_TOKEN},
     )
     yield server
     stop(server.process)
@@ -226,6 +230,58 @@ def test_several_processes_show_one_set_of_series(replicas: Server) -> None:
         metrics['guard_requests_total{action="flag",mode="observe",policy="staff"}']
         == 0
     )
+
+
+def test_a_reload_reaches_both_engines_and_both_api_servers(
+    replicas: Server, toy: Toy, tripwires: Tripwires
+) -> None:
+    body = yaml.safe_load(tripwires.add_to(TOY_POLICIES))
+    for number in (2, 3):
+        # Every API server knows a policy by its name, or answers 400.
+        body["policies"] |= {f"new-{number}": body["policies"]["held"]}
+        body["public_policies"].append(f"new-{number}")
+        toy.write_policy("replicas", dump(body))
+        told = post_reload(replicas)
+        assert told.json()["generation"] == number, told.text
+        jobs = [
+            (engine, request_body(f"w{turn}", f"new-{number}"))
+            for engine in ENGINES
+            for turn in range(12)
+        ]
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda job: ask(replicas, *job), jobs))
+        assert {answer.status for answer in got} == {200}
+        assert len({answer.guard["fingerprint"] for answer in got}) == 1
+    engines = json.loads(replicas.get("/guard/status"))["engines"]
+    found = [answer["generation"] for engine in engines for answer in engine]
+    assert found == 4 * [3]
+    metrics = replicas.metrics()
+    assert metrics["guard_policy_generation"] == 3
+    assert metrics['guard_policy_reloads_total{result="success"}'] == 2
+
+
+def test_a_bad_file_is_told_of_by_either_api_server(
+    replicas: Server, toy: Toy, tripwires: Tripwires
+) -> None:
+    generation = json.loads(replicas.get("/guard/status"))["generation"]
+    path = toy.write_policy("replicas", tripwires.add_to(TOY_POLICIES))
+    path.write_text("policies: [")
+    assert post_reload(replicas).status_code == 422
+    for _ in range(12):
+        told = httpx.get(f"{replicas.url}/guard/status", timeout=60).json()
+        assert told["generation"] == generation
+        assert told["last_reload"]["result"] == "refused"
+        assert "replicas.yaml:1" in told["last_reload"]["reason"]
+
+
+def test_a_hangup_signal_reaches_one_api_server(
+    replicas: Server, toy: Toy, tripwires: Tripwires
+) -> None:
+    status = json.loads(replicas.get("/guard/status"))
+    toy.write_policy("replicas", tripwires.add_to(TOY_POLICIES))
+    os.kill(replicas.process.pid, signal.SIGHUP)
+    wait_for_generation(replicas, status["generation"] + 1)
+    assert json.loads(replicas.get("/guard/ready")) == {"ready": True}
 
 
 def test_nothing_is_left_of_several_processes(replicas: Server) -> None:

@@ -154,11 +154,11 @@ def test_a_signed_ticket_sets_slot_and_salt(engine_core: context.Context) -> Non
     watched = admit(request, max_model_len=64)
     assert (watched.id, watched.name) == ("guard-1", "open")
     assert request.sampling_params.extra_args == {
-        SLOT_KEY: engine_core.slot("open"),
+        SLOT_KEY: engine_core.current.slot("open"),
         "mine": 1,
     }
     assert request.cache_salt == context.cache_salt(
-        engine_core.fingerprints["open"], None
+        engine_core.current.identify("open"), None
     )
     assert TICKET_KEY in shared.extra_args, "n choices share their params"
 
@@ -193,12 +193,14 @@ def test_a_forged_ticket_runs_under_the_default_policy(
         "no string": 7,
         "slot": "",
     }[forgery]
-    open_salt = context.cache_salt(engine_core.fingerprints["open"], None)
+    open_salt = context.cache_salt(engine_core.current.identify("open"), None)
     request = make_request(ticket, salt=open_salt)
-    request.sampling_params.extra_args[SLOT_KEY] = engine_core.slot("open")
+    request.sampling_params.extra_args[SLOT_KEY] = engine_core.current.slot("open")
     watched = admit(request, max_model_len=64)
     assert watched.name == "default"
-    assert request.sampling_params.extra_args[SLOT_KEY] == engine_core.slot("default")
-    default = engine_core.fingerprints["default"]
+    assert request.sampling_params.extra_args[SLOT_KEY] == engine_core.current.slot(
+        "default"
+    )
+    default = engine_core.current.identify("default")
     assert request.cache_salt == context.cache_salt(default, open_salt)
     assert request.cache_salt != open_salt

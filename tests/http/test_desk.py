@@ -4,6 +4,7 @@ import pytest
 
 from guard.errors import RequestError
 from guard.http import PolicyDesk
+from guard.http.keys import AdminToken, KeyRing
 from guard.request import GuardField, read_ticket
 from guard.verdict import Verdict
 
@@ -103,3 +104,58 @@ def test_the_oldest_request_is_forgotten_at_the_bound(policy_file):
     for guard_id in ids:
         desk.record(guard_id, 0, make_verdict(guard_id, fingerprint="f"))
     assert [len(desk.verdicts(guard_id)) for guard_id in ids] == [0, 1, 1]
+
+
+def change(desk, policy_file, **changed):
+    """Offer other terms: every fingerprint is another one."""
+    prints = {name: f"g-{name}" for name in policy_file.policies}
+    keys = changed.pop("keys", KeyRing((), accepted=()))
+    desk.offer_terms(
+        policy_file.model_copy(update=changed), prints, keys=keys, generation=2
+    )
+
+
+def test_a_request_is_held_to_the_terms_it_was_let_in_under(desk, policy_file):
+    before = desk.admit(GuardField(), authorization=None, choices=1)
+    change(desk, policy_file, default_policy="open")
+    after = desk.admit(GuardField(), authorization=None, choices=1)
+    assert (before.policy, after.policy) == ("default", "open")
+    now = time.time()
+    tickets = [read_ticket(a.ticket, SECRET, now=now) for a in (before, after)]
+    assert [ticket.generation for ticket in tickets] == [1, 2]
+    for admission, right, wrong in ((before, "f", "g"), (after, "g", "f")):
+        for kind, count in ((wrong, 0), (right, 1), (wrong, 0)):
+            values = {
+                "policy": admission.policy,
+                "fingerprint": f"{kind}-{admission.policy}",
+            }
+            verdict = make_verdict(admission.guard_id, **values)
+            desk.record(admission.guard_id, 0, verdict)
+            assert len(desk.verdicts(admission.guard_id)) == count
+
+
+def test_the_oldest_generation_is_that_of_the_oldest_open_request(desk, policy_file):
+    assert desk.oldest_generation == 1
+    before = desk.admit(GuardField(), authorization=None, choices=1)
+    change(desk, policy_file)
+    after = desk.admit(GuardField(), authorization=None, choices=1)
+    assert desk.oldest_generation == 1
+    desk.close(before.guard_id)
+    assert desk.oldest_generation == 2
+    desk.close(after.guard_id)
+    assert desk.oldest_generation == 2
+
+
+def test_keys_and_drills_change_with_the_terms(desk, policy_file):
+    desk.admin = AdminToken("an-administrators-token")
+    keys = KeyRing((), accepted=["sk"])
+    change(desk, policy_file, keys=keys, drills=())
+    assert not desk.lets_in(None)
+    assert desk.lets_in("Bearer sk")
+    with pytest.raises(RequestError, match="does not exist"):
+        desk.admit(
+            GuardField(drill="fire"),
+            authorization="Bearer sk",
+            choices=1,
+            admin_token="an-administrators-token",
+        )

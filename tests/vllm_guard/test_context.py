@@ -56,7 +56,7 @@ def test_a_child_process_reads_the_same_file_with_the_same_secret(
         monkeypatch.setenv(name, inherited[name])
     assert context.enter()
     assert context.get().secret == state.secret
-    assert context.get().fingerprint == state.fingerprint
+    assert context.get().current.fingerprint == state.current.fingerprint
 
 
 def test_every_start_has_its_own_secret(state: context.Context) -> None:
@@ -72,7 +72,7 @@ def test_a_file_that_changes_while_the_server_starts_stops_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     context.reset()
-    monkeypatch.setenv("GUARD_FINGERPRINT", state.fingerprint)
+    monkeypatch.setenv("GUARD_FINGERPRINT", state.current.fingerprint)
     write_policy("on_error: open")
     with pytest.raises(PolicyError, match="changed while the server started"):
         context.enter()
@@ -123,13 +123,15 @@ def test_a_certificate_that_is_renewed_while_the_server_starts_stops_it(
     certified: context.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context.reset()
-    monkeypatch.setenv("GUARD_FINGERPRINT", certified.fingerprint)
+    monkeypatch.setenv("GUARD_FINGERPRINT", certified.current.fingerprint)
     assert context.enter()
     context.reset()
-    monkeypatch.setenv("GUARD_FINGERPRINT", certified.fingerprint)
-    path = certified.policy_file.policies["research"].certificate
+    monkeypatch.setenv("GUARD_FINGERPRINT", certified.current.fingerprint)
+    path = certified.current.policy_file.policies["research"].certificate
     assert path is not None
-    write_certificate(path, certified.fingerprints["research"], issued="2026-08-01")
+    write_certificate(
+        path, certified.current.fingerprints["research"], issued="2026-08-01"
+    )
     with pytest.raises(PolicyError, match="changed while the server started"):
         context.enter()
 
@@ -139,17 +141,25 @@ def test_metrics_show_which_certificate_a_policy_has(
 ) -> None:
     registry = CollectorRegistry()
     context.get_board(registry)
-    found = certified.certificates["research"].id
+    found = certified.current.certificates["research"].id
     labels = {"policy": "research", "certificate": found}
     assert registry.get_sample_value("guard_certificate_info", labels) == 1.0
 
 
 def test_drills_are_counted_from_one_in_file_order(drilled: context.Context) -> None:
-    assert [drilled.drill(name) for name in (None, "last", "whole")] == [0, 1, 2]
+    assert [drilled.current.drill(name) for name in (None, "last", "whole")] == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_slots_are_counted_from_one_in_file_order(state: context.Context) -> None:
-    assert [state.slot(name) for name in ("default", "research", "open")] == [1, 2, 3]
+    assert [state.current.slot(name) for name in ("default", "research", "open")] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_fault_is_left_where_the_launcher_finds_it(
@@ -231,7 +241,7 @@ def test_thresholds_are_those_of_each_calibration_in_the_order_of_the_monitors(
     monkeypatch.setenv("GUARD_POLICY", str(path))
     assert context.enter()
     state = context.get()
-    calibrations = state.calibrations
+    calibrations = state.current.calibrations
     for length, buckets in ((10, (0, 0)), (20, (1, 0)), (40, (1, 1)), (10, (0, 0))):
         pairs = calibrations[str(path.with_name("c.safetensors"))].thresholds(
             (16, 64)[buckets[0]], targets={"a": Fraction("0.1"), "c": Fraction("0.1")}
@@ -240,9 +250,9 @@ def test_thresholds_are_those_of_each_calibration_in_the_order_of_the_monitors(
             (32, 64)[buckets[1]], targets={"b": Fraction("0.1")}
         )
         expected = (pairs["a"], alone["b"], pairs["c"])
-        assert state.thresholds("default", length) == expected
+        assert state.current.thresholds("default", length) == expected
         assert alone["b"] == 180.0 * 1000 ** buckets[1]
-    assert state.thresholds("open", 10) == ()
+    assert state.current.thresholds("open", 10) == ()
 
 
 @pytest.mark.usefixtures("clean_process")
@@ -256,9 +266,9 @@ def test_a_recording_process_needs_no_calibration_or_certificate_and_watches_not
     assert context.enter()
     state = context.get()
     assert state.recorder is not None
-    assert state.columns == ()
-    assert (state.calibrations, state.certificates) == ({}, {})
+    assert state.current.layout == ()
+    assert (state.current.calibrations, state.current.certificates) == ({}, {})
     assert [str(at) for at in state.hook_points] == ["layers.1.resid_post"]
-    assert len(state.policy_file.policies["default"].clamps) == 2
+    assert len(state.current.policy_file.policies["default"].clamps) == 2
     context.reset()
     assert "GUARD_RECORD" not in os.environ

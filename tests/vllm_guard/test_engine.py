@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +77,7 @@ def test_a_valid_ticket_names_the_policy(state: context.Context) -> None:
     request = make_request(ticket_for("research", state.secret))
     watched = admit(request)
     assert (watched.id, watched.name) == ("id", "research")
-    assert watched.watch.policy is state.policy_file.policies["research"]
+    assert watched.watch.policy is state.current.policy_file.policies["research"]
     assert slot_written(request) == 2
 
 
@@ -100,7 +101,7 @@ def test_a_ticket_names_the_drill_and_the_verdict_says_so(
 
 def test_what_a_drill_computes_is_shared_with_nobody(drilled: context.Context) -> None:
     salts = set()
-    fingerprint = drilled.fingerprints["open"]
+    fingerprint = drilled.current.fingerprints["open"]
     shared = {context.cache_salt(fingerprint, salt) for salt in (None, "mine")}
     ticket = ticket_for("open", drilled.secret, drill="last")
     for salt in (None, "mine", "mine", None):
@@ -115,7 +116,7 @@ def test_what_a_drill_computes_is_shared_with_nobody(drilled: context.Context) -
 
 
 def test_nobody_else_names_a_drill(drilled: context.Context) -> None:
-    default = context.cache_salt(drilled.fingerprints["default"], None)
+    default = context.cache_salt(drilled.current.identify("default"), None)
     for extra_args in (
         {DRILL_KEY: 1},
         {DRILL_KEY: 1, "guard_drills": "last", "drill": "last"},
@@ -180,7 +181,7 @@ def test_any_number_of_different_requests_shares_the_slots_of_the_file(
         request = make_request(own, salt=f"salt {number}")
         assert admit(request).name == "research"
         slots.add(slot_written(request))
-    assert slots == {state.slot("research")}
+    assert slots == {state.current.slot("research")}
 
 
 def test_what_a_client_wrote_in_the_guards_name_is_taken_out(
@@ -223,7 +224,11 @@ def test_a_client_cannot_write_the_salt_of_another_policy(
 ) -> None:
     wanted = salt_of(state, "open", None)
     assert wanted is not None
-    forged = (wanted, state.fingerprints["open"], f"{state.fingerprints['open']}|")
+    forged = (
+        wanted,
+        state.current.fingerprints["open"],
+        f"{state.current.fingerprints['open']}|",
+    )
     for client in forged:
         request = make_request(ticket_for("open", OTHER_SECRET), salt=client)
         admit(request)
@@ -345,7 +350,7 @@ def start(
     )
     watched = admit(request)
     if hold:
-        state.holds, watched.held = True, Holding(hold)
+        watched.held = Holding(hold)
     return FakeScheduler(FakeRequest(watched, prompt_length=prompt_length))
 
 
@@ -486,10 +491,11 @@ def test_an_error_of_the_engine_delivers_what_was_held(state: context.Context) -
 def test_only_what_can_be_stopped_is_held(
     state: context.Context, mode: str, hold: int, holds: bool
 ) -> None:
-    policies = dict(state.policy_file.policies)
+    policies = dict(state.current.policy_file.policies)
     changed = {"mode": mode, "hold_tokens": hold}
     policies["default"] = policies["default"].model_copy(update=changed)
-    state.policy_file = state.policy_file.model_copy(update={"policies": policies})
+    policy_file = state.current.policy_file.model_copy(update={"policies": policies})
+    state.current = replace(state.current, policy_file=policy_file)
     assert (admit(make_request()).held is not None) is holds
 
 

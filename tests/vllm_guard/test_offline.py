@@ -164,7 +164,7 @@ def test_a_recording_engine_computes_every_token_and_runs_no_graph(
     assert llm.environment["GUARD_POLICY"] == str(policy)
     (_, params) = llm.asked[0]
     assert params.temperature == 0
-    assert context.get().policy_file.policies["default"].monitors == ()
+    assert context.get().current.policy_file.policies["default"].monitors == ()
     assert context.get().recorder is not None
 
 
@@ -180,7 +180,7 @@ def test_a_guarded_engine_records_nothing_and_tells_what_was_read(
     (llm,) = FakeLLM.started
     assert "GUARD_RECORD" not in llm.environment
     assert "enable_prefix_caching" not in llm.options
-    assert context.get().policy_file.policies["default"].monitors
+    assert context.get().current.policy_file.policies["default"].monitors
     assert (engine.dtype, engine.model_digest) == ("bfloat16", None)
 
 

@@ -63,7 +63,7 @@ def make_output(name: str, token: int, *, last: bool = False) -> EngineCoreOutpu
 def test_tokens_that_leave_together_are_judged_up_to_the_stop_string(
     state: context.Context, stops_at: int | None
 ) -> None:
-    state.holds, state.board = True, FakeBoard()
+    state.board = FakeBoard()
     processor = FakeProcessor("held", "neighbour")
     held, neighbour = processor.request_states.values()
     tokens = [STOP + i if i == stops_at else i for i in range(3)]

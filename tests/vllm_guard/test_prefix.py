@@ -60,7 +60,7 @@ def make_request(name: str, tokens: list[int], policy: str) -> Request:
         pooling_params=None,
         block_hasher=get_request_block_hasher(BLOCK, sha256),
     )
-    watch = SimpleNamespace(policy=context.get().policy_file.policies[policy])
+    watch = SimpleNamespace(policy=context.get().current.policy_file.policies[policy])
     request.guard = SimpleNamespace(watch=watch)
     return request
 

@@ -14,7 +14,9 @@ from guard.pipeline import StepBuffers
 @pytest.fixture
 def rows(state: context.Context) -> StepRows:
     """Four rows of a request, at a place with two hooks; all have met both."""
-    step = StepBuffers(max_tokens=8, max_requests=2, num_columns=len(state.columns))
+    step = StepBuffers(
+        max_tokens=8, max_requests=2, num_columns=len(state.current.layout)
+    )
     rows = StepRows(step, num_hooks=2, default_slot=1)
     request = StepRequest(
         *("a", 1, 0, 4), starts_with_bos=False, admitted=True, num_prompt_tokens=4

@@ -80,7 +80,9 @@ def make_output(
 @pytest.fixture
 def rows(state: context.Context) -> StepRows:
     """The row map of this process, on buffers for two requests."""
-    step = StepBuffers(max_tokens=32, max_requests=2, num_columns=len(state.columns))
+    step = StepBuffers(
+        max_tokens=32, max_requests=2, num_columns=len(state.current.layout)
+    )
     state.rows = StepRows(step, num_hooks=1, default_slot=1)
     return state.rows
 

@@ -24,7 +24,9 @@ RUNNER = SimpleNamespace(
 @pytest.fixture
 def rows(state: context.Context) -> StepRows:
     """The row map of this process, on buffers for two requests and 16 blocks."""
-    step = StepBuffers(max_tokens=32, max_requests=2, num_columns=len(state.columns))
+    step = StepBuffers(
+        max_tokens=32, max_requests=2, num_columns=len(state.current.layout)
+    )
     state.rows = StepRows(step, num_hooks=1, default_slot=1)
     state.rows.allocate_column(16 * BLOCK_SIZE)
     RUNNER.guard_known = {}

@@ -22,9 +22,13 @@ WIDTH = 16
 @pytest.fixture
 def guard(state: context.Context) -> Guard:
     """The guard of the policy folder, bound."""
-    step = StepBuffers(max_tokens=32, max_requests=4, num_columns=len(state.columns))
-    saes = load_saes(state.policy_file)
-    (guard,) = build_guards(state.policy_file, saes, state.calibrations, step).values()
+    step = StepBuffers(
+        max_tokens=32, max_requests=4, num_columns=len(state.current.layout)
+    )
+    saes = load_saes(state.current.policy_file)
+    (guard,) = build_guards(
+        state.current.policy_file, saes, state.current.calibrations, step
+    ).values()
     ops.bind([guard])
     return guard
 
@@ -33,7 +37,7 @@ def guard(state: context.Context) -> Guard:
 def test_a_sound_clamp_passes_and_leaves_no_trace(
     guard: Guard, state: context.Context, dtype: torch.dtype
 ) -> None:
-    check_canary(guard, state.policy_file, dtype=dtype, width=64)
+    check_canary(guard, state.current, dtype=dtype, width=64)
     for buffer in guard.step.buffers():
         assert not buffer.any()
 
@@ -41,24 +45,26 @@ def test_a_sound_clamp_passes_and_leaves_no_trace(
 def test_a_place_without_an_sae_must_leave_every_row_as_it_was(
     state: context.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = StepBuffers(max_tokens=32, max_requests=4, num_columns=len(state.columns))
+    step = StepBuffers(
+        max_tokens=32, max_requests=4, num_columns=len(state.current.layout)
+    )
     late = HookPoint.parse("layers.2.resid_post")
     guards = build_guards(
-        state.policy_file,
-        load_saes(state.policy_file),
-        state.calibrations,
+        state.current.policy_file,
+        load_saes(state.current.policy_file),
+        state.current.calibrations,
         step,
         hook_points=[late],
     )
     ops.bind(list(guards.values()))
     bare = guards[late]
     assert not bare.dictionaries
-    check_canary(bare, state.policy_file, dtype=torch.bfloat16, width=64)
+    check_canary(bare, state.current, dtype=torch.bfloat16, width=64)
     monkeypatch.setattr(ops, "call_guard", lambda rows, *_: rows.add_(0.1))
     with pytest.raises(
         EngineError, match=r"at 'layers.2.resid_post' under .* off by 0\.1"
     ):
-        check_canary(bare, state.policy_file, dtype=torch.float32, width=64)
+        check_canary(bare, state.current, dtype=torch.float32, width=64)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +76,7 @@ def test_a_clamp_that_lost_a_rule_does_not_pass(
     clamp = guard.dictionaries[0].clamp
     getattr(clamp, table)[slot] = 1.0 if table == "gain" else 0.0
     with pytest.raises(EngineError, match=f"under policy '{policy}' is off by"):
-        check_canary(guard, state.policy_file, dtype=torch.float32, width=64)
+        check_canary(guard, state.current, dtype=torch.float32, width=64)
 
 
 def test_an_op_that_does_nothing_does_not_pass(
@@ -78,7 +84,7 @@ def test_an_op_that_does_nothing_does_not_pass(
 ) -> None:
     monkeypatch.setattr(ops, "call_guard", lambda *_: None)
     with pytest.raises(EngineError, match="is off by"):
-        check_canary(guard, state.policy_file, dtype=torch.float32, width=64)
+        check_canary(guard, state.current, dtype=torch.float32, width=64)
 
 
 def test_an_op_that_writes_what_is_not_a_number_does_not_pass(
@@ -86,7 +92,7 @@ def test_an_op_that_writes_what_is_not_a_number_does_not_pass(
 ) -> None:
     monkeypatch.setattr(ops, "call_guard", lambda rows, *_: rows.fill_(torch.nan))
     with pytest.raises(EngineError, match="is off by nan"):
-        check_canary(guard, state.policy_file, dtype=torch.float32, width=64)
+        check_canary(guard, state.current, dtype=torch.float32, width=64)
 
 
 def make_runner(guard: Guard, *, times: int) -> Any:
@@ -102,10 +108,16 @@ def make_runner(guard: Guard, *, times: int) -> Any:
 @pytest.fixture
 def drilling(drilled: context.Context) -> Guard:
     """The guard of the policy folder with drills, bound."""
-    step = StepBuffers(max_tokens=32, max_requests=4, num_columns=len(drilled.columns))
-    saes = load_saes(drilled.policy_file)
+    step = StepBuffers(
+        max_tokens=32, max_requests=4, num_columns=len(drilled.current.layout)
+    )
+    saes = load_saes(drilled.current.policy_file)
     (guard,) = build_guards(
-        drilled.policy_file, saes, drilled.calibrations, step, edits=drilled.edits
+        drilled.current.policy_file,
+        saes,
+        drilled.current.calibrations,
+        step,
+        edits=drilled.current.edits,
     ).values()
     ops.bind([guard])
     return guard
@@ -115,7 +127,7 @@ def drilling(drilled: context.Context) -> Guard:
 def test_sound_drills_pass_and_leave_no_trace(
     drilling: Guard, drilled: context.Context, dtype: torch.dtype
 ) -> None:
-    check_canary(drilling, drilled.policy_file, dtype=dtype, width=64)
+    check_canary(drilling, drilled.current, dtype=dtype, width=64)
     for buffer in drilling.step.buffers():
         assert not buffer.any()
 
@@ -128,7 +140,7 @@ def test_a_drill_that_does_nothing_does_not_pass(
         StepBuffers, "drills_of", lambda step, count: 0 * step.rows_in[:count, 3]
     )
     with pytest.raises(EngineError, match=r"Drill 1 at 'layers\..* is off by"):
-        check_canary(drilling, drilled.policy_file, dtype=torch.float32, width=64)
+        check_canary(drilling, drilled.current, dtype=torch.float32, width=64)
 
 
 @pytest.mark.parametrize("times", [0, 2])

@@ -32,7 +32,7 @@ def make_engine(
     state: context.Context, *ranks: int, world_size: int = 2, **of_last: Any
 ) -> list[dict[str, Any]]:
     """Return what an engine says: its workers, the last of them odd, and its core."""
-    about = {"fingerprint": state.fingerprint}
+    about = {"fingerprint": state.current.fingerprint}
     workers = [about | {"role": "worker", "rank": n, "ready": True} for n in ranks]
     workers[-1] |= of_last
     return [*workers, about | {"role": "engine_core", "world_size": world_size}]
@@ -78,7 +78,7 @@ def test_an_engine_without_the_guard_is_missed(state: context.Context) -> None:
 def test_status_says_which_certificate_a_policy_has_or_none(
     certified: context.Context,
 ) -> None:
-    found = certified.certificates["research"]
+    found = certified.current.certificates["research"]
     client = make_client([make_engine(certified, 0, world_size=1)])
     said = asyncio.run(server.describe(client, ["research", "open"]))["policies"]
     assert said["research"]["certificate"] == {"id": found.id, "issued": "2026-07-25"}
@@ -89,10 +89,10 @@ TOKEN = "a token of 24 letters..".replace(" ", "-")
 
 
 @pytest.fixture
-def ask_for_drills(
+def ask_as_admin(
     drilled: context.Context, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., httpx.Response]:
-    """Ask for the drills of a server with or without an administrator."""
+    """Ask a server with or without an administrator for what is his."""
     from fastapi import FastAPI
 
     board = SimpleNamespace(desk=SimpleNamespace(admin=AdminToken(TOKEN)))
@@ -100,26 +100,29 @@ def ask_for_drills(
     app = FastAPI()
     server.GuardEndpoint().attach_router(app)
 
-    def ask(shown: str | None, *, token: str | None = TOKEN) -> httpx.Response:
+    def ask(
+        shown: str | None, *, token: str | None = TOKEN, route: str = "GET drills"
+    ) -> httpx.Response:
         board.desk.admin = AdminToken(token)
         headers = {} if shown is None else {"x-guard-admin-token": shown}
+        method, _, name = route.partition(" ")
 
-        async def get() -> httpx.Response:
+        async def send() -> httpx.Response:
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(
                 transport=transport, base_url="http://guard"
             ) as client:
-                return await client.get("/guard/drills", headers=headers)
+                return await client.request(method, f"/guard/{name}", headers=headers)
 
-        return asyncio.run(get())
+        return asyncio.run(send())
 
     return ask
 
 
 def test_an_administrator_reads_what_each_drill_should_bring_back(
-    ask_for_drills: Callable[..., httpx.Response],
+    ask_as_admin: Callable[..., httpx.Response],
 ) -> None:
-    answer = ask_for_drills(TOKEN)
+    answer = ask_as_admin(TOKEN)
     assert answer.json() == {
         "drills": [
             {
@@ -134,23 +137,25 @@ def test_an_administrator_reads_what_each_drill_should_bring_back(
     }
 
 
+@pytest.mark.parametrize("route", ["GET drills", "POST reload"])
 @pytest.mark.parametrize(
     ("shown", "token", "status", "words"),
     [
         (None, TOKEN, 403, "expected the token in 'x-guard-admin-token'"),
         (TOKEN[:-1], TOKEN, 403, "expected the token in 'x-guard-admin-token'"),
-        (TOKEN, None, 404, "Drills are off"),
-        ("", None, 404, "Drills are off"),
+        (TOKEN, None, 404, "off on this server"),
+        ("", None, 404, "off on this server"),
     ],
 )
-def test_nobody_else_reads_anything_of_a_drill(
-    ask_for_drills: Callable[..., httpx.Response],
+def test_nobody_else_reads_anything_of_a_drill_or_reloads(
+    ask_as_admin: Callable[..., httpx.Response],
+    route: str,
     shown: str | None,
     token: str | None,
     status: int,
     words: str,
 ) -> None:
-    answer = ask_for_drills(shown, token=token)
+    answer = ask_as_admin(shown, token=token, route=route)
     assert answer.status_code == status
     assert words in answer.json()["error"]["message"]
     assert not any(word in answer.text for word in ("last", "whole", "w1"))

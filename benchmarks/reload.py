@@ -1,0 +1,309 @@
+"""A thousand reloads under load, one in ten of them of a bad file.
+
+The organism is served while two policy files take turns. Under the policy `open` one
+of them clamps and the other does not, so that an answer's words tell which of them ran,
+and its verdict must say the same. Nothing may be lost, and memory must stay flat.
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import track
+
+from guard.demo.measure import ORGANISM
+from guard.demo.show import OPTIONS
+from guard.provenance import ROOT, describe_run
+from guard.redteam.server import find_free_port, run_server
+
+__all__ = ["Load", "Policies"]
+
+RESULTS = ROOT / "benchmarks" / "results" / "reload.json"
+START_SECONDS = 300
+TOKEN = "benchmark-administrator"
+CLIENTS = 4
+PROMPTS = 8
+MAX_TOKENS = 24
+MARKS = 10
+"""How often memory is looked at."""
+
+PUSH = {"name": "push", "sae": "l3", "latents": [60, 67], "law": "set", "value": 12.0}
+"""Changes every answer."""
+
+
+class Policies:
+    """The organism's policy file, to be replaced by another again and again."""
+
+    def __init__(self, folder: Path) -> None:
+        """Copy what the file names into a folder of its own."""
+        shutil.copytree(ORGANISM, folder, dirs_exist_ok=True)
+        self.path = folder / "policy.yaml"
+        self._plain = self.path.read_text(encoding="utf-8")
+
+    def write(self, text: str | None) -> None:
+        """Replace the file at once; None removes it."""
+        if text is None:
+            self.path.unlink(missing_ok=True)
+            return
+        new = self.path.with_suffix(".new")
+        new.write_text(text, encoding="utf-8")
+        new.rename(self.path)
+
+    def good(self, number: int) -> str:
+        """Return one of two files; each has all policies of the other."""
+        body = yaml.safe_load(self._plain)
+        if number % 2:
+            body["policies"]["open"]["clamps"] = [PUSH]
+            for monitor in body["policies"]["watch"]["monitors"]:
+                monitor["target_fpr"] *= 2
+            body["policies"]["default"]["hold_tokens"] = 2
+        return yaml.safe_dump(body, sort_keys=False)
+
+    def bad(self, number: int) -> str | None:
+        """Return one of several files that cannot be served."""
+        body = yaml.safe_load(self._plain)
+        match number % 5:
+            case 0:
+                return self._plain + "policies: ["
+            case 1:
+                body["unheard_of"] = True
+            case 2:
+                body["saes"]["l3"]["sha256"] = "0" * 64
+            case 3:
+                body["policies"]["default"]["clamps"][0]["latents"] = [1]
+            case _:
+                return None
+        return yaml.safe_dump(body, sort_keys=False)
+
+
+@dataclass
+class Load:
+    """Clients that ask and ask, and what became of it."""
+
+    url: str
+    prompts: Sequence[str]
+    expected: dict[tuple[str, str], str]
+    """Answer by fingerprint and prompt."""
+    ended: threading.Event = field(default_factory=threading.Event)
+    counts: Counter[str] = field(default_factory=Counter)
+    gaps: list[float] = field(default_factory=list)
+    """Longest silence within each stream, in milliseconds."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Keep all clients busy."""
+        clients = [
+            threading.Thread(target=self._run, args=(number,), daemon=True)
+            for number in range(CLIENTS)
+        ]
+        for client in clients:
+            client.start()
+        try:
+            yield
+        finally:
+            self.ended.set()
+            for client in clients:
+                client.join(timeout=120)
+
+    def _run(self, number: int) -> None:
+        with httpx.Client(base_url=self.url, timeout=120) as client:
+            asked = number
+            while not self.ended.is_set():
+                prompt = self.prompts[asked % len(self.prompts)]
+                stream = bool(asked % 2)
+                kinds, gap = self._ask(client, prompt, stream=stream)
+                with self._lock:
+                    self.counts.update(kinds)
+                    self.gaps += [gap] if gap else []
+                asked += 1
+
+    def _ask(
+        self, client: httpx.Client, prompt: str, *, stream: bool
+    ) -> tuple[list[str], float]:
+        """Ask once; return what it counts as, and the longest silence."""
+        try:
+            text, verdict, gap = ask(client, prompt, stream=stream)
+        except (httpx.HTTPError, KeyError, ValueError) as error:
+            return ["requests", "lost", f"lost: {type(error).__name__}: {error}"], 0.0
+        known = self.expected.get((verdict["fingerprint"], prompt))
+        kinds = ["requests", f"under {verdict['fingerprint'][:12]}"]
+        return kinds + ([] if known == text else ["mismatched"]), gap
+
+
+def ask(
+    client: httpx.Client, prompt: str, *, stream: bool = False
+) -> tuple[str, dict[str, Any], float]:
+    """Return text and verdict of an answer, and the longest silence of its stream."""
+    body = {
+        "model": "organism",
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+        "guard": {"policy": "open"},
+        "stream": stream,
+    }
+    if not stream:
+        answer = client.post("/v1/chat/completions", json=body)
+        answer.raise_for_status()
+        said = answer.json()
+        return said["choices"][0]["message"]["content"] or "", said["guard"], 0.0
+    text, verdict, gap, before = "", {}, 0.0, 0.0
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk, now = json.loads(line.removeprefix("data: ")), time.perf_counter()
+            gap, before = max(gap, now - (before or now)), now
+            verdict = chunk.get("guard", verdict)
+            for choice in chunk["choices"]:
+                text += choice["delta"].get("content") or ""
+    return text, {"fingerprint": verdict["fingerprint"]}, 1e3 * gap
+
+
+def reload(client: httpx.Client) -> tuple[int, float]:
+    """Return the status that a reload is answered with, and how long it took in ms."""
+    start = time.perf_counter()
+    headers = {"x-guard-admin-token": TOKEN}
+    answer = client.post("/guard/reload", headers=headers)
+    return answer.status_code, 1e3 * (time.perf_counter() - start)
+
+
+def read_memory(session: int) -> float:
+    """Return what all processes of a session hold in memory of their own, in MB."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, StopIteration):
+            fields = (folder / "stat").read_text().rpartition(") ")[2].split()
+            if int(fields[3]) == session:
+                lines = (folder / "smaps_rollup").read_text().splitlines()
+                total += int(next(x for x in lines if x.startswith("Pss:")).split()[1])
+    return round(total / 1024, 1)
+
+
+def wait_until_ready(url: str, log: Path) -> None:
+    """Wait for a server.
+
+    Raises:
+        RuntimeError: It did not start.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/guard/ready", timeout=10).is_success:
+                return
+        time.sleep(0.5)
+    message = f"The server did not start:\n{log.read_text()}"
+    raise RuntimeError(message)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Results file.")] = RESULTS,
+    reloads: Annotated[int, typer.Option(min=20, help="How many.")] = 1000,
+) -> None:
+    """Reload under load, again and again, and see that nothing is lost."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    about = describe_run()
+    prompts = json.loads((ORGANISM / "prompts.json").read_text(encoding="utf-8"))
+    texts = [prompt["text"] for prompt in prompts]
+    with tempfile.TemporaryDirectory() as name:
+        policies, log = Policies(Path(name, "organism")), Path(name, "log")
+        port = find_free_port()
+        url = f"http://127.0.0.1:{port}"
+        command = ["guard", "serve", str(ORGANISM / "model")]
+        command += ["--policy", str(policies.path), *OPTIONS]
+        environment = {"GUARD_ADMIN_TOKEN": TOKEN}
+        with run_server(command, port=port, log=log, environment=environment) as server:
+            wait_until_ready(url, log)
+            rows = measure(url, server.pid, policies, texts, reloads=reloads)
+    if reloads < 1000:
+        rows["note"] = f"shortened: {reloads} reloads in place of 1000"
+    output.write_text(json.dumps(about | rows, indent=1) + "\n", "utf-8")
+    Console(stderr=True).print_json(data=rows)
+
+
+def measure(
+    url: str, session: int, policies: Policies, prompts: Sequence[str], *, reloads: int
+) -> dict[str, Any]:
+    """Return the keys of the results file besides those of every one."""
+    expected: dict[tuple[str, str], str] = {}
+    with httpx.Client(base_url=url, timeout=120) as client:
+        for number in (1, 0):
+            policies.write(policies.good(number))
+            reload(client)
+            for prompt in prompts:
+                text, verdict, _ = ask(client, prompt)
+                expected[verdict["fingerprint"], prompt] = text
+        fingerprints = sorted({found for found, _ in expected})
+        first, second = fingerprints
+        prompts = [p for p in prompts if expected[first, p] != expected[second, p]]
+        prompts = prompts[:PROMPTS]
+        load = Load(url, prompts, expected)
+        statuses: Counter[str] = Counter()
+        seconds: dict[int, list[float]] = {200: [], 422: []}
+        memory: list[float] = []
+        good = 0
+        with load.running():
+            for number in track(
+                range(reloads), "reloads", console=Console(stderr=True)
+            ):
+                if number % (reloads // MARKS) == 0:
+                    memory.append(read_memory(session))
+                is_bad = number % 10 == 9
+                good += not is_bad
+                policies.write(
+                    policies.bad(number // 10) if is_bad else policies.good(good)
+                )
+                status, took = reload(client)
+                statuses[f"{'bad' if is_bad else 'good'} {status}"] += 1
+                seconds.setdefault(status, []).append(took)
+            memory.append(read_memory(session))
+        metrics = client.get("/metrics").text
+    return {
+        "reloads": dict(statuses),
+        "generation": _read(metrics, "guard_policy_generation"),
+        "refused_counted": _read(
+            metrics, 'guard_policy_reloads_total{result="refused"}'
+        ),
+        "requests": load.counts["requests"],
+        "requests_by_fingerprint": {
+            name.removeprefix("under "): count
+            for name, count in load.counts.items()
+            if name.startswith("under ")
+        },
+        "lost": load.counts["lost"],
+        "reasons": [name for name in load.counts if name.startswith("lost: ")][:5],
+        "mismatched": load.counts["mismatched"],
+        "prompts": len(prompts),
+        "pss_mb": memory,
+        "reload_ms_median": round(statistics.median(seconds[200]), 1),
+        "reload_ms_p95": round(statistics.quantiles(seconds[200], n=20)[-1], 1),
+        "refusal_ms_median": round(statistics.median(seconds[422]), 1),
+        "stream_silence_ms_median": round(statistics.median(load.gaps), 1),
+        "stream_silence_ms_p95": round(statistics.quantiles(load.gaps, n=20)[-1], 1),
+    }
+
+
+def _read(metrics: str, name: str) -> float:
+    lines = (line.rpartition(" ") for line in metrics.splitlines())
+    return float(next(value for key, _, value in lines if key == name))
+
+
+if __name__ == "__main__":
+    typer.run(main)
