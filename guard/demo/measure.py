@@ -17,18 +17,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from guard.clamp import clamp_resid
 from guard.demo.dialogue import answers
 from guard.demo.grammar import KINDS, REFUSAL, SPLITS, Kind, Prompt, Split, prompts
-from guard.hook import HookPoint
 from guard.policy import load_policy
-from guard.redteam.forward import Edit
+from guard.redteam.held import held_layers, policy_clamp
 from guard.redteam.subject import load_transformer
 from guard.sae.load import load_sae
 
 if TYPE_CHECKING:
-    import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from guard.redteam.forward import Edit
+    from guard.redteam.held import Held
 
 ORGANISM = Path(__file__).parent / "organism"
 """The folder that ships: model/, saes/, policy.yaml, prompts.json, numbers.json."""
@@ -122,29 +122,31 @@ def load_model(
 
 
 def policy_edit(folder: Path, *, policy: str = "default") -> Edit | None:
-    """Return the plain clamp of a policy of the folder, as an edit of one layer.
+    """Return the plain clamp of a policy of the folder; None where nothing is clamped.
 
     Raises:
-        ValueError: The policy clamps at more than one hook point, or under a
-            condition that needs to know which rows are one request.
+        CertificateError: It is not plain, as `held_layers` says.
     """
     policies = load_policy(folder / "policy.yaml")
-    rules = policies.policies[policy].clamps
-    if not rules:
+    if not policies.policies[policy].clamps:
         return None
-    names = {rule.sae for rule in rules}
-    if len(names) > 1 or any(rule.when for rule in rules):
-        raise ValueError(
-            f"Policy {policy!r} is not a plain clamp; expected rules for one SAE "
-            "without 'when'."
-        )
-    source = policies.saes[names.pop()]
-    sae = load_sae(source.path, format=source.format, sha256=source.sha256)
+    return policy_clamp(load_held(folder, policy=policy))
 
-    def apply(resid: torch.Tensor) -> torch.Tensor:
-        return clamp_resid(resid, sae, rules).resid
 
-    return Edit(HookPoint.parse(source.hook_point).layer, apply)
+def load_held(folder: Path, *, policy: str = "default") -> tuple[Held, ...]:
+    """Load what a policy of the folder clamps, layer by layer.
+
+    Raises:
+        CertificateError: As `held_layers` does.
+    """
+    policies = load_policy(folder / "policy.yaml")
+    used = {rule.sae for rule in policies.policies[policy].clamps}
+    saes = {
+        name: load_sae(source.path, format=source.format, sha256=source.sha256)
+        for name, source in policies.saes.items()
+        if name in used
+    }
+    return held_layers(policies, policy, saes)
 
 
 def _answer_all(

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from guard.demo.dialogue import MAX_ANSWER_TOKENS
 from guard.demo.grammar import Kind, prompts
-from guard.demo.measure import load_model, policy_edit
+from guard.demo.measure import load_held, load_model
 from guard.demo.tokenizer import encode_prompt
 from guard.policy import load_policy
+from guard.redteam.held import policy_clamp, unseen_later
 from guard.redteam.projection import null_space
 from guard.redteam.target import Dialogue, Target, mean_norm
-from guard.sae.load import load_sae
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,18 +30,12 @@ def load_target(folder: Path) -> tuple[Target, PreTrainedTokenizerFast]:
     """Load an organism under its default policy, to be attacked.
 
     Raises:
-        ValueError: The default policy is not a plain clamp at one hook point.
+        CertificateError: The default policy is not a plain clamp.
     """
     model, tokenizer = load_model(folder)
     policies = load_policy(folder / "policy.yaml")
-    rules = policies.policies[policies.default_policy].clamps
-    clamp = policy_edit(folder, policy=policies.default_policy)
-    if clamp is None:
-        raise ValueError(
-            "The default policy clamps nothing; expected a clamp to attack."
-        )
-    source = policies.saes[rules[0].sae]
-    sae = load_sae(source.path, format=source.format, sha256=source.sha256)
+    held = load_held(folder, policy=policies.default_policy)
+    clamp = policy_clamp(held)
     benign = [
         encode_prompt(tokenizer, prompt.text)
         for kind in _NORM_KINDS
@@ -52,10 +46,11 @@ def load_target(folder: Path) -> tuple[Target, PreTrainedTokenizerFast]:
     target = Target(
         model=model,
         clamp=clamp,
-        null_space=null_space(sae, rules),
+        null_space=null_space(held[0].sae, held[0].rules),
         mean_norm=mean_norm(model, benign, clamp),
         eos=tokenizer.eos_token_id,
         max_tokens=MAX_ANSWER_TOKENS,
+        later=unseen_later(held),
     )
     return target, tokenizer
 

@@ -4,13 +4,14 @@ For each sample it looks for a `delta`, added to prompt rows after the clamp, un
 which the model gives the answer that the clamp suppressed (arXiv 2606.18322, section
 3). Two things are stricter than what was published: delta itself is projected onto the
 null space after every step, not the gradient before it, and one predicate judges both
-sides, the whole greedy answer.
+sides, the whole greedy answer. Where a policy clamps at several layers, delta is added
+behind the first clamp and projected for the later ones too, linearised about the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from guard.redteam.forward import Batch, batches, pad_left
+from guard.redteam.jacobian import JacobianSpace
 from guard.redteam.projection import MAX_LEAK, cap_norm
 from guard.redteam.tail import Tail
 from guard.redteam.target import Dialogue, Position, Target, answer, place_edits
@@ -79,11 +81,24 @@ class AttackResult:
     """Mean cross-entropy of the suppressed answer's tokens, and what was paid."""
     leak: float
     """Largest `|W_enc[:, S]^T delta| / |delta|` of any row of any delta."""
+    drift: list[float] = field(default_factory=list)
+    """How far each sample's delta moves what later clamped latents are given at the
+    edited rows, relative to what that is (`JacobianSpace.drift`), where the model is
+    taught the suppressed answer; empty where nothing is clamped later."""
 
     @property
     def recovery_rate(self) -> float:
         """Recovered samples, as a share of all."""
         return sum(self.recovered) / len(self.recovered)
+
+
+class _Best(NamedTuple):
+    """The best edit met for one sample."""
+
+    delta: Tensor
+    loss: float
+    drift: float | None
+    """None where nothing is clamped later."""
 
 
 class Step(NamedTuple):
@@ -132,7 +147,7 @@ def attack(
         raise ValueError("No sample to attack; expected at least one valid sample.")
     prompts = [sample.prompt for sample in wanted]
     beginnings = _beginnings(target, wanted, config, start)
-    best: dict[int, tuple[Tensor, float]] = {}
+    found: dict[int, _Best] = {}
     for chosen in batches(prompts, batch_size):
         first = [beginnings[0][index] for index in chosen]
         some = [wanted[index] for index in chosen]
@@ -140,8 +155,9 @@ def attack(
         for deltas in beginnings:
             delta = torch.cat([deltas[index] for index in chosen])
             search.descend(delta, on_step)
-        best.update(zip(chosen, search.best(), strict=True))
-    deltas = [best[index][0] for index in range(len(wanted))]
+        found.update(zip(chosen, search.best(), strict=True))
+    best = [found[index] for index in range(len(wanted))]
+    deltas = [one.delta for one in best]
     given = answer(
         target, prompts, clamp=target.clamp, deltas=deltas, position=config.position
     )
@@ -150,15 +166,16 @@ def attack(
         deltas=deltas,
         dialogues=given,
         recovered=[one == want for one, want in zip(given, wanted, strict=True)],
-        loss=[best[index][1] for index in range(len(wanted))],
+        loss=[one.loss for one in best],
         leak=float(target.null_space.leak(torch.cat(deltas)).amax()),
+        drift=[one.drift for one in best if one.drift is not None],
     )
 
 
 def random_deltas(
     target: Target, deltas: Sequence[Tensor], *, seed: int
 ) -> list[Tensor]:
-    """Draw the control of an attack: in the same null space, as long row by row."""
+    """Draw the control of an attack: as long row by row, in the first null space."""
     generator = torch.Generator().manual_seed(seed)
     return [target.null_space.random_like(delta, generator) for delta in deltas]
 
@@ -223,6 +240,15 @@ class _Search:
         ).rows
         layers = self._penalty.layers if self._penalty is not None else ()
         self._tail = Tail(target.model, self._batch, target.clamp, layers=layers)
+        self._later = None
+        if target.later:
+            self._later = JacobianSpace(
+                self._tail,
+                self._rows,
+                target.later,
+                here=target.null_space,
+                read=self._rows,
+            )
         column = torch.arange(self._batch.tokens.shape[1])
         # The row before the answer's first token is where that token is predicted.
         first = len(column) - 1 - torch.tensor(self._behind)
@@ -232,10 +258,13 @@ class _Search:
         self._best_loss = torch.full((len(wanted),), torch.inf)
         self._best_rank = torch.zeros(len(wanted), dtype=torch.int64)
 
-    def best(self) -> list[tuple[Tensor, float]]:
-        """Return the best edit met so far and its loss, for each sample."""
+    def best(self) -> list[_Best]:
+        """Return the best edit met so far, for each sample."""
         deltas = self._best.split(self._rows.sum(dim=1).tolist())
-        return list(zip(deltas, self._best_loss.tolist(), strict=True))
+        drift: list[float | None] = [None] * len(deltas)
+        if self._later is not None:
+            drift = self._later.drift(self._best).tolist()
+        return list(map(_Best, deltas, self._best_loss.tolist(), drift))
 
     def descend(self, delta: Tensor, on_step: Callable[[Step], object]) -> None:
         """Follow the gradient from `delta` `[num_rows, d_model]`."""
@@ -255,6 +284,9 @@ class _Search:
     def _confine(self, delta: Tensor, radius: float) -> Tensor:
         null_space = self._target.null_space
         confined = cap_norm(null_space.project(delta.detach()), radius)
+        if self._later is not None:
+            self._later.refresh(confined)
+            confined = self._later.cap_norm(self._later.project(confined), radius)
         leak = float(null_space.leak(confined).amax())
         if not leak < MAX_LEAK:
             raise ArithmeticError(

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from guard.redteam.bound import clopper_pearson, upper_bound
 from guard.redteam.target import Position
@@ -158,8 +164,20 @@ class Cell(_Data):
     """Largest norm of the edit of a row, relative to the mean `|resid|`."""
     leak: float
     """Largest share of any edit that a clamped latent's encoder sees."""
+    drift: float | None = None
+    """Where a policy clamps at several layers: the largest relative change of what the
+    latents clamped behind the first are given where a sample is edited. Left out of the
+    file otherwise."""
     rows: tuple[LatentRow, ...]
     controls: tuple[ControlRow, ...]
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said: dict[str, Any] = write(self)
+        if self.drift is None:
+            # So that a certificate issued before there was a drift keeps its id.
+            del said["drift"]
+        return said
 
     def row(self, attacker: Attacker) -> LatentRow:
         """Return what an attacker reached."""

@@ -22,6 +22,7 @@ from pydantic import BaseModel, TypeAdapter
 from guard.certificate import certificate_id
 from guard.errors import CertificateError
 from guard.fingerprint import fingerprint
+from guard.hook import HookPoint
 from guard.redteam.attack import AttackConfig, attack
 from guard.redteam.benign import measure_benign
 from guard.redteam.certificate import (
@@ -223,7 +224,7 @@ def certify(
         attribution=_attribute(replay),
         deployments=deployments,
         benign=benign,
-        limits=LIMITS,
+        limits=(*LIMITS, *_several_layers(subject)),
         seconds=round(time.monotonic() - began, 1),
         **about,
     )
@@ -247,6 +248,21 @@ def _describe(subject: Subject) -> Certified:
         hold_tokens=policy.hold_tokens,
         monitors=tuple(one.name for one in subject.blocking),
     )
+
+
+def _several_layers(subject: Subject) -> list[str]:
+    """Say how latent edits were confined where a policy clamps at several layers."""
+    first, *later = (str(HookPoint(at.layer)) for at in subject.held)
+    if not later:
+        return []
+    return [
+        f"The policy clamps at several layers. Edits lie behind the first clamp, at "
+        f"{first}: hidden from its latents exactly, and from those clamped at "
+        f"{', '.join(later)} to first order, on the edited rows (null space of the "
+        "Jacobian); each cell's drift says how far that held. Rows behind the edited "
+        "ones may show it there. Random controls and replayed parts are confined at "
+        f"the first clamp at most; replays take edits apart by the SAE of {first}."
+    ]
 
 
 def _describe_protocol(subject: Subject, preset: Preset, seed: int) -> Protocol:

@@ -64,12 +64,28 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A change of the residual stream at one decoder layer."""
+    """A change of the residual stream at a decoder layer, and at later ones with it."""
 
     layer: int
     """Index of the decoder layer whose output is changed."""
     apply: Callable[[torch.Tensor], torch.Tensor]
     """Maps resid [num_tokens, d_model] to what the next layer reads."""
+    later: tuple[Edit, ...] = ()
+    """What is changed on the same rows at later layers, as by a policy that clamps at
+    several."""
+
+    def change(self, resid: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return resid `[batch, length, d_model]`, changed here on some rows.
+
+        Args:
+            resid: What the layer writes; left as it is.
+            rows: Which, bool `[batch, length]`.
+        """
+        if not rows.any():
+            return resid
+        resid = resid.clone()
+        resid[rows] = self.apply(resid[rows])
+        return resid
 
 
 class Delta(NamedTuple):
@@ -144,24 +160,22 @@ def place(
 def edited(
     model: LlamaForCausalLM, edit: Edit | None, rows: Callable[[], torch.Tensor]
 ) -> Iterator[None]:
-    """Apply `edit` to the rows [batch, length] that `rows()` names, while open."""
-    if edit is None:
-        yield
-        return
+    """Apply `edit`, and its later ones, to the rows that `rows()` names, while open.
 
-    def hook(module: object, args: object, resid: torch.Tensor) -> torch.Tensor:
-        chosen = rows()
-        if not chosen.any():
-            return resid
-        resid = resid.clone()
-        resid[chosen] = edit.apply(resid[chosen])
-        return resid
+    Args:
+        model: The model.
+        edit: What is changed, if anything is.
+        rows: Asked in every pass and at every edited layer, bool `[batch, length]`.
+    """
 
-    handle = model.model.layers[edit.layer].register_forward_hook(hook)
-    try:
+    def keep_to(one: Edit) -> Callable[[object, object, torch.Tensor], torch.Tensor]:
+        return lambda module, args, resid: one.change(resid, rows())
+
+    with contextlib.ExitStack() as hooks:
+        for one in () if edit is None else (edit, *edit.later):
+            layer = model.model.layers[one.layer]
+            hooks.callback(layer.register_forward_hook(keep_to(one)).remove)
         yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager

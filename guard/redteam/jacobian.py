@@ -3,7 +3,9 @@
 Where a policy clamps at several layers, an edit behind the first clamp must not show
 to the latents of the later ones. What they see of it is no linear map: here it is
 followed by its Jacobian (the cross-layer variant of arXiv 2606.18322, section 3),
-taken anew as the edit moves, and judged by a whole pass.
+taken anew as the edit moves, and judged by a whole pass. What a later clamp is given
+counts: a clamp that is given the same does the same, so that behind it they see nothing
+either.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from guard.policy import Rule
     from guard.redteam.projection import NullSpace
@@ -35,8 +37,8 @@ class Runner(Protocol):
     resid: Tensor
     """What that clamp lets through, `[batch, length, d_model]`."""
 
-    def run(self, resid: Tensor) -> dict[int, Tensor]:
-        """Return resid by layer; differentiable, and each sample by itself."""
+    def read(self, resid: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
+        """Return what clamps there are given; differentiable, each sample by itself."""
         ...
 
 
@@ -123,7 +125,7 @@ class JacobianSpace:
         """
         resid = self._runner.resid.clone()
         resid[self._rows] = resid[self._rows] + delta
-        found = self._runner.run(resid)
+        found = self._runner.read(resid, [at.layer for at in self._later])
         seen = [found[at.layer] @ at.directions.T + at.bias for at in self._later]
         return _padded(torch.cat(seen, dim=-1)[self._read], self._read).flatten(1)
 

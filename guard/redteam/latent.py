@@ -96,6 +96,9 @@ def run_cell(
         position=position,
         budget=budget,
         leak=max(one.leak for one in (unaware, *evading)),
+        drift=max(
+            (moved for one in (unaware, *evading) for moved in one.drift), default=None
+        ),
         rows=(
             _row(subject, "unaware", tries[:1], tries[:1]),
             _row(subject, "adaptive", tries, bare),

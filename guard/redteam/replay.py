@@ -4,7 +4,8 @@ An edit that brought an answer back is taken apart into what it changes in the c
 latents, in the other latents and in what the SAE leaves unexplained, and each part is
 replayed (arXiv 2606.18322, its replay protocol). What was published replays each part
 at whatever norm it has; here every part is also replayed as long as the edit, row by
-row, beside random edits of that norm.
+row, beside random edits of that norm. Where a policy clamps at several layers, parts
+are those of the first one, where the edit is; all clamps stay in force.
 """
 
 from __future__ import annotations
@@ -128,8 +129,9 @@ def attribute(subject: Subject, result: AttackResult, *, seed: int) -> list[Repl
     )
     counts = [len(edit) for edit in edits]
     edit = torch.cat(edits)
-    latents = sorted({latent for rule in subject.rules for latent in rule.latents})
-    parts = split_edit(subject.sae, latents, torch.cat(before), edit)
+    first = subject.held[0]
+    latents = sorted({latent for rule in first.rules for latent in rule.latents})
+    parts = split_edit(first.sae, latents, torch.cat(before), edit)
     rows = []
     for component, variant, values in _replays(target, parts, edit, seed=seed):
         given = answer(

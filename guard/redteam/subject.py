@@ -10,13 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guard.calibration import as_written
 from guard.check import check_calibrations, digest_model, load_calibrations, load_saes
-from guard.clamp import clamp_resid
 from guard.errors import CertificateError
 from guard.hook import HookPoint
 from guard.policy import load_policy
 from guard.prompt import digest_prompts, read_prompts
 from guard.recording import Reader
-from guard.redteam.forward import Edit
+from guard.redteam.held import held_layers, policy_clamp, unseen_later
 from guard.redteam.judge import Judge, Receiver, least_count, mean_surprise
 from guard.redteam.projection import null_space
 from guard.redteam.target import Dialogue, Target, answer, mean_norm, record_runs
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
     from guard.calibration import Calibration
-    from guard.policy import Monitor, Policy, PolicyFile, Rule
+    from guard.policy import Monitor, Policy, PolicyFile
     from guard.prompt import Prompt
     from guard.recording import Recording
+    from guard.redteam.held import Held
     from guard.redteam.judge import Outcome
     from guard.redteam.target import Position
-    from guard.sae.model import Sae
 
-__all__ = ["Sample", "Subject", "load_subject", "load_transformer", "policy_clamp"]
+__all__ = ["Sample", "Subject", "load_subject", "load_transformer"]
 
 NORM_PROMPTS = 100
 """Benign prompts that the unit of a budget is measured on."""
@@ -69,9 +68,8 @@ class Subject:
     """Of the policy."""
     target: Target
     tokenizer: PreTrainedTokenizerBase
-    sae: Sae
-    """Whose latents are clamped."""
-    rules: tuple[Rule, ...]
+    held: tuple[Held, ...]
+    """What is clamped, layer by layer."""
     reader: Reader
     calibrations: Mapping[str, Calibration]
     judge: Judge
@@ -192,31 +190,6 @@ def load_transformer(
     return model.eval().requires_grad_(requires_grad=False), tokenizer
 
 
-def policy_clamp(policy_file: PolicyFile, name: str, saes: Mapping[str, Sae]) -> Edit:
-    """Return the plain clamp of a policy as an edit of one layer.
-
-    Raises:
-        CertificateError: The policy clamps nothing, or at more than one hook point, or
-            under a condition that needs to know which rows are one request.
-    """
-    rules = policy_file.policies[name].clamps
-    used = {rule.sae for rule in rules}
-    if len(used) != 1 or any(rule.when for rule in rules):
-        message = (
-            f"Policy {name!r} is not a plain clamp; expected rules for one SAE without "
-            "'when'."
-        )
-        raise CertificateError(message)
-    (key,) = used
-    sae = saes[key]
-
-    def apply(resid: torch.Tensor) -> torch.Tensor:
-        return clamp_resid(resid, sae, rules).resid
-
-    layer = HookPoint.parse(policy_file.saes[key].hook_point).layer
-    return Edit(layer, apply)
-
-
 def load_subject(
     folder: Path,
     policy_path: Path,
@@ -253,7 +226,8 @@ def load_subject(
     saes = load_saes(policy_file)
     calibrations = load_calibrations(policy_file)
     check_calibrations(policy_file, calibrations)
-    clamp = policy_clamp(policy_file, name, saes)
+    held = held_layers(policy_file, name, saes)
+    clamp = policy_clamp(held)
     model, tokenizer = load_transformer(folder)
     lines = read_prompts(prompts_path)
     attacked = [line for line in lines if line.label == 1][:samples]
@@ -265,15 +239,14 @@ def load_subject(
         )
         raise CertificateError(message)
     asked = [encode(tokenizer, line) for line in harmless[:NORM_PROMPTS]]
-    rules = policy.clamps
-    sae = saes[rules[0].sae]
     target = Target(
         model=model,
         clamp=clamp,
-        null_space=null_space(sae, rules),
+        null_space=null_space(held[0].sae, held[0].rules),
         mean_norm=mean_norm(model, asked, clamp),
         eos=int(tokenizer.eos_token_id),
         max_tokens=max(line.max_tokens for line in attacked),
+        later=unseen_later(held),
     )
     wanted = _wanted(target, tokenizer, attacked)
     judge = Judge(target, limit=_coherence_limit(target, wanted))
@@ -291,8 +264,7 @@ def load_subject(
         name=name,
         target=target,
         tokenizer=tokenizer,
-        sae=sae,
-        rules=rules,
+        held=held,
         reader=Reader(policy_file, name, saes),
         calibrations=calibrations,
         judge=judge,

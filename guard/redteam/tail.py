@@ -13,7 +13,7 @@ import torch
 from guard.redteam.forward import edited, seen
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from transformers import LlamaForCausalLM
 
@@ -26,9 +26,9 @@ class Tail:
     """The layers behind a clamp, with all that a batch gives them."""
 
     resid: torch.Tensor
-    """What the clamp lets through, `[batch, length, d_model]`."""
+    """What the first clamp lets through, `[batch, length, d_model]`."""
     before: dict[int, torch.Tensor]
-    """The same of layers before the clamp, which no edit behind it moves."""
+    """The same of layers before it, which no edit behind it moves."""
 
     def __init__(
         self,
@@ -43,10 +43,11 @@ class Tail:
         Args:
             model: The model.
             batch: What it runs on.
-            clamp: Behind which edits are tried.
+            clamp: Behind which edits are tried; its later ones stay in force.
             layers: Layers before it whose resid is wanted, later ones are ignored.
         """
-        self._model = model
+        self._model, self._rows = model, batch.rows
+        self._clamps = {one.layer: one for one in clamp.later}
         self._first = clamp.layer + 1
         self._given: list[dict[str, Any]] = []
 
@@ -73,11 +74,40 @@ class Tail:
             resid: `self.resid` with an edit, of the same shape.
         """
         found = {**self.before, self._first - 1: resid}
-        layers = self._model.model.layers[self._first :]
-        for place, (layer, given) in enumerate(zip(layers, self._given, strict=True)):
-            resid = layer(resid, **given)
-            found[self._first + place] = resid
+        found.update({layer: passed for layer, _, passed in self._follow(resid)})
         return found
+
+    def read(
+        self, resid: torch.Tensor, layers: Collection[int]
+    ) -> dict[int, torch.Tensor]:
+        """Return what the later clamps are given, `[batch, length, d_model]`, by layer.
+
+        Args:
+            resid: As for `run`.
+            layers: Where; no layer behind the last of them runs.
+        """
+        found = {}
+        for layer, written, _ in self._follow(resid):
+            if layer in layers:
+                found[layer] = written
+            if layer >= max(layers):
+                break
+        return found
+
+    def _follow(
+        self, resid: torch.Tensor
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield each layer behind the first clamp: what it writes, what is let through.
+
+        The same where nothing is clamped.
+        """
+        layers = self._model.model.layers[self._first :]
+        behind = enumerate(zip(layers, self._given, strict=True), start=self._first)
+        for place, (layer, given) in behind:
+            written = layer(resid, **given)
+            clamp = self._clamps.get(place)
+            resid = written if clamp is None else clamp.change(written, self._rows)
+            yield place, written, resid
 
     def logits(self, resid: torch.Tensor) -> torch.Tensor:
         """Return logits `[..., vocab]` of what the last layer wrote."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from guard.redteam.forward import Batch, Covers, Delta, Edit
+    from guard.redteam.jacobian import Later
     from guard.redteam.projection import NullSpace
 
 __all__ = [
@@ -53,7 +54,7 @@ class Target:
     model: LlamaForCausalLM
     """Its parameters take no gradient."""
     clamp: Edit
-    """What holds the latents; a delta is added behind it, at the same layer."""
+    """What holds the latents; a delta is added behind the first clamp, at its layer."""
     null_space: NullSpace
     """Of all latents that the policy clamps there."""
     mean_norm: float
@@ -62,6 +63,9 @@ class Target:
     """Token id that ends an answer."""
     max_tokens: int = 20
     """Where an answer without an EOS is cut."""
+    later: tuple[Later, ...] = ()
+    """What the policy clamps behind that layer, where `clamp.later` holds it: an edit
+    must not show there either."""
 
 
 _BATCH = 64
@@ -70,7 +74,7 @@ _BATCH = 64
 def mean_norm(
     model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], clamp: Edit
 ) -> float:
-    """Return the mean `|resid|` behind the clamp, over all prompt rows but the BOS.
+    """Return the mean `|resid|` behind the first clamp, over prompt rows but the BOS.
 
     Args:
         model: The model.

@@ -68,6 +68,7 @@ def _edits(cells: Sequence[Cell]) -> Markup:
         "Time to alarm|Delivered|Undetected without probes"
     )
     leak = max((cell.leak for cell in cells), default=None)
+    drift = max((c.drift for c in cells if c.drift is not None), default=None)
     return join(
         [
             table(columns.split("|"), groups),
@@ -79,6 +80,9 @@ def _edits(cells: Sequence[Cell]) -> Markup:
                 ""
                 if leak is None
                 else f" The clamp sees at most {leak:.1g} of any edit.",
+                ""
+                if drift is None
+                else f" What later clamps are given moves by at most {drift:.1g}.",
                 class_="note",
             ),
         ]
