@@ -27,6 +27,8 @@ __all__ = ["JacobianSpace", "Later", "Runner", "later_latents"]
 _RANK = 1e-5
 """Singular values below this, relative to a sample's largest, are fp32's rounding."""
 _TINY = torch.finfo(torch.float32).tiny
+_GRADIENTS = 32
+"""Outputs that are differentiated at once."""
 _EPS = 1e-8
 """Of the published relative drift."""
 
@@ -208,9 +210,13 @@ class JacobianSpace:
         with torch.enable_grad():
             outputs = self.pre_activations(leaf)
             # Samples do not read each other: one gradient serves the whole batch.
-            totals = outputs.sum(dim=0).unbind()
+            totals = outputs.sum(dim=0)
         by_output = [
-            torch.autograd.grad(total, leaf, retain_graph=True)[0] for total in totals
+            grad
+            for some in torch.eye(len(totals)).split(_GRADIENTS)
+            for grad in torch.autograd.grad(
+                totals, leaf, some, retain_graph=True, is_grads_batched=True
+            )[0]
         ]
         self._jacobian = torch.stack(
             [_padded(grad, self._rows).flatten(1) for grad in by_output], dim=1
