@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from guard import __version__
+from guard.request import Fault
 
 if TYPE_CHECKING:
     from guard.policy import PolicyFile
@@ -74,6 +75,10 @@ class Metrics:
     def count_error(self, component: Component) -> None:
         """Count one internal failure of the guard."""
         self._errors.labels(component).inc()
+
+    def count_let_through(self, fault: str) -> None:
+        """Count a request that was answered although something of it was not seen."""
+        self._let_through.labels(fault).inc()
 
     def observe_error_norm(self, ratio: float) -> None:
         """Take in |error| / |resid|."""
@@ -139,7 +144,7 @@ class Metrics:
         )
         self._errors = Counter(
             "guard_errors",
-            "Internal failures of the guard; each failed closed.",
+            "Internal failures of the guard, and the ends of engines.",
             ["component"],
             registry=registry,
         )
@@ -147,6 +152,19 @@ class Metrics:
             "guard_unscored_tokens",
             "Tokens whose scores cannot be known.",
             ["reason"],
+            registry=registry,
+        )
+
+        self._fails_open = Gauge(
+            "guard_fails_open",
+            "1 where requests go on though nobody vouches for them: on_error open.",
+            multiprocess_mode="max",
+            registry=registry,
+        )
+        self._let_through = Counter(
+            "guard_requests_let_through",
+            "Requests that were answered although not all of them was seen.",
+            ["fault"],
             registry=registry,
         )
 
@@ -191,6 +209,9 @@ class Metrics:
             self._errors.labels(component)
         for reason in get_args(UnscoredReason):
             self._unscored.labels(reason)
+        for fault in get_args(Fault):
+            self._let_through.labels(fault)
+        self._fails_open.set(policy_file.on_error == "open")
         for name, policy in policy_file.policies.items():
             actions = ("allow", "flag", "block")
             for action in actions if policy.mode == "enforce" else actions[:2]:

@@ -18,6 +18,7 @@ from guard.errors import RequestError
 __all__ = [
     "TICKET_KEY",
     "TICKET_SECONDS",
+    "Fault",
     "GuardField",
     "Ticket",
     "TicketBook",
@@ -36,6 +37,9 @@ the request is scheduled. A leaked one must not last."""
 
 Trace = Literal["none", "summary", "tokens"]
 """How much of the readings a client asks to see."""
+
+Fault = Literal["unguarded", "unscored"]
+"""What was not seen of a request: a token's hooks, or a cached one's score."""
 
 _PREFIX = "g1"
 _MIN_SECRET_BYTES = 16

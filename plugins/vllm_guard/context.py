@@ -241,7 +241,10 @@ def reporting() -> Iterator[None]:
         yield
     except GuardError as error:
         if path := os.environ.get(FAULT_VARIABLE):
-            Path(path).write_text(str(error), encoding="utf-8")
+            try:
+                Path(path).write_text(str(error), encoding="utf-8")
+            except OSError as full:  # the line still stands in the log
+                logger.warning("%s (It could not be left for `guard serve`.)", full)
         raise
 
 
