@@ -27,6 +27,7 @@ def metrics(registry) -> Metrics:
     policy_file: Any = SimpleNamespace(
         policies={"default": make_policy("enforce"), "watch": make_policy("observe")},
         saes={"l12": SimpleNamespace(hook_point="layers.12.resid_post")},
+        on_error="closed",
     )
     return Metrics(
         policy_file,

@@ -103,8 +103,7 @@ class PolicyDesk:
             policy_file: Which policies there are, and which are public.
             fingerprints: Policy name to fingerprint; a verdict must match.
             secret: Per-start secret shared with the engine core.
-            max_open: Requests remembered at once. Beyond it the oldest is
-                forgotten, and its answer fails closed.
+            max_open: Requests open at once; one more is refused.
         """
         default = policy_file.default_policy
         self.keys = KeyRing((), accepted=())
@@ -141,7 +140,8 @@ class PolicyDesk:
 
         Raises:
             RequestError: 400 for an unknown policy or drill, 403 for a policy not
-                offered to it and for a drill without the administrator's token.
+                offered to it and for a drill without the administrator's token, 503
+                where too many requests are open.
         """
         offer = self.offer(authorization)
         policy = offer[0] if field.policy is None else field.policy
@@ -160,12 +160,16 @@ class PolicyDesk:
             )
         if field.drill is not None:
             self._check_drill(field.drill, admin_token)
+        if len(self._visits) >= self._max_open:
+            raise RequestError(
+                f"The server has {self._max_open} requests open; expected fewer. Try "
+                "again later.",
+                status=503,
+            )
         guard_id = f"guard-{secrets.token_hex(16)}"
         expires = time.time() + TICKET_SECONDS
         ticket = Ticket(guard_id, policy, field.trace, expires, choices, field.drill)
         admission = Admission(guard_id, policy, sign_ticket(ticket, self._secret))
-        while len(self._visits) >= self._max_open:
-            self._visits.pop(next(iter(self._visits)))
         self._visits[guard_id] = _Visit(policy)
         return admission
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +102,7 @@ class Context:
     """In the engine core: which tickets were used."""
     uncounted: Counter[str] = field(default_factory=Counter)
     """In the engine core: tokens and errors not yet told to an API server."""
-    hook_seconds: list[float] = field(default_factory=list)
+    hook_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
     """In the engine core: timed calls of hooks not yet told either."""
     _thresholds: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = field(
         default_factory=dict

@@ -1,4 +1,4 @@
-"""A client in the midst of a stream, and an operator who watches, while things break."""
+"""A client in the midst of a stream, and an operator who watches it break."""
 
 import contextlib
 import json
@@ -111,9 +111,8 @@ class Caller(threading.Thread):
         if "reason" in self.guard:
             parts.append(f"`reason: {self.guard['reason']}`")
         if self.guard["alarms"]:
-            parts.append(
-                f"an alarm of score `{json.dumps(self.guard['alarms'][0]['score'])}`"
-            )
+            score = json.dumps(self.guard["alarms"][0]["score"])
+            parts.append(f"an alarm of score `{score}`")
         return f"{self.status}, tokens, then " + ", ".join(parts)
 
 
@@ -138,11 +137,8 @@ class Operator:
     def describe(self) -> str:
         """Say which metrics grew, and whether the server is ready."""
         names = [f"`{name}`" for name in sorted(self.grown())]
-        told = (
-            (", ".join(names) + " grow" if len(names) > 1 else f"{names[0]} grows")
-            if names
-            else "no metric of a fault"
-        )
+        verb = "grow" if len(names) > 1 else "grows"
+        told = f"{', '.join(names)} {verb}" if names else "no metric of a fault"
         return f"{told}; `/guard/ready` {self.ready()}"
 
     def ready(self) -> int:
