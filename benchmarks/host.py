@@ -127,7 +127,11 @@ def make_batch(state: context.Context, size: int) -> _Batch:
         num_scheduled_tokens=dict.fromkeys(names, 1),
         scheduled_spec_decode_tokens={},
         scheduled_new_reqs=[],
-        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+        scheduled_cached_reqs=SimpleNamespace(
+            resumed_req_ids=set(),
+            req_ids=names,
+            num_computed_tokens=[PROMPT_TOKENS] * len(names),
+        ),
         finished_req_ids=set(),
         preempted_req_ids=None,
     )
@@ -211,6 +215,8 @@ def run_step(batch: _Batch, rows: StepRows) -> Iterator[tuple[str, float]]:
     """Take one token of every request from the worker to the API server."""
     names, columns = batch.names, rows.step.scores.shape[1]
     batch.runner.input_batch.num_computed_tokens_cpu[:] = batch.position
+    cached = batch.scheduled.scheduled_cached_reqs
+    cached.num_computed_tokens = [batch.position] * len(names)
     batch.position += 1
 
     seconds, _ = _time(

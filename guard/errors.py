@@ -57,17 +57,21 @@ class CertificateError(GuardError):
 
 
 class RequestError(GuardError):
-    """A request that is malformed (400) or not allowed (403)."""
+    """A request that is malformed (400), not allowed (403) or one too many (503)."""
 
     def __init__(
-        self, message: str, *, param: str | None = None, status: Literal[400, 403] = 400
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        status: Literal[400, 403, 503] = 400,
     ) -> None:
         """Keep the message together with what the HTTP answer needs.
 
         Args:
             message: One line: what is wrong; what would be right.
             param: The request field at fault, as OpenAI's `error.param` names it.
-            status: HTTP status, 400 for malformed and 403 for not allowed.
+            status: 400 for malformed, 403 for not allowed, 503 for one too many.
         """
         super().__init__(message)
         self.message = message

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from guard import __version__
+from guard.request import Fault
 
 if TYPE_CHECKING:
     from guard.policy import PolicyFile
@@ -64,6 +65,7 @@ class Metrics:
         self._declare_counters(registry)
         self._declare_histograms(registry)
         self._declare_reloads(registry)
+        self._declare_faults(registry)
         self._declare_infos(registry)
         self._told: set[tuple[Gauge, tuple[str, ...]]] = set()
         self.show_policies(
@@ -122,6 +124,10 @@ class Metrics:
     def count_error(self, component: Component) -> None:
         """Count one internal failure of the guard."""
         self._errors.labels(component).inc()
+
+    def count_let_through(self, fault: str) -> None:
+        """Count a request that was answered although something of it was not seen."""
+        self._let_through.labels(fault).inc()
 
     def observe_error_norm(self, ratio: float) -> None:
         """Take in |error| / |resid|."""
@@ -187,7 +193,7 @@ class Metrics:
         )
         self._errors = Counter(
             "guard_errors",
-            "Internal failures of the guard; each failed closed.",
+            "Internal failures of the guard, and the ends of engines.",
             ["component"],
             registry=registry,
         )
@@ -225,6 +231,20 @@ class Metrics:
             registry=registry,
         )
         self._reload_time.set_to_current_time()
+
+    def _declare_faults(self, registry: CollectorRegistry) -> None:
+        self._fails_open = Gauge(
+            "guard_fails_open",
+            "1 where requests go on though nobody vouches for them: on_error open.",
+            multiprocess_mode="max",
+            registry=registry,
+        )
+        self._let_through = Counter(
+            "guard_requests_let_through",
+            "Requests that were answered although not all of them was seen.",
+            ["fault"],
+            registry=registry,
+        )
 
     def _declare_histograms(self, registry: CollectorRegistry) -> None:
         self._score_ratio = Histogram(
@@ -295,6 +315,9 @@ class Metrics:
             self._reloads.labels(result)
         for reason in get_args(UnscoredReason):
             self._unscored.labels(reason)
+        for fault in get_args(Fault):
+            self._let_through.labels(fault)
+        self._fails_open.set(policy_file.on_error == "open")
         for name, policy in policy_file.policies.items():
             actions = ("allow", "flag", "block")
             for action in actions if policy.mode == "enforce" else actions[:2]:

@@ -18,6 +18,7 @@ from guard.errors import RequestError
 __all__ = [
     "TICKET_KEY",
     "TICKET_SECONDS",
+    "Fault",
     "GuardField",
     "Ticket",
     "TicketBook",
@@ -34,8 +35,14 @@ TICKET_SECONDS = 600.0
 """How long a ticket lives: it is read when the engine takes the request in, long before
 the request is scheduled. A leaked one must not last."""
 
+MAX_TICKETS = 65536
+"""Tickets that an engine remembers at once."""
+
 Trace = Literal["none", "summary", "tokens"]
 """How much of the readings a client asks to see."""
+
+Fault = Literal["unguarded", "unscored"]
+"""What was not seen of a request: a token's hooks, or a cached one's score."""
 
 _PREFIX = "g1"
 _MIN_SECRET_BYTES = 16
@@ -126,8 +133,16 @@ class TicketBook:
     server keeps its own book.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_tickets: int = MAX_TICKETS) -> None:
+        """Open an empty book.
+
+        Args:
+            max_tickets: Remembered at once. Beyond it the oldest is forgotten, and
+                whatever expires no later than it lets in nobody any more.
+        """
+        self._max_tickets = max_tickets
         self._shown: dict[str, tuple[float, int]] = {}
+        self._void_until = 0.0
 
     def redeem(self, text: object, secret: bytes, *, now: float) -> Ticket | None:
         """Return the ticket in `text` if it was signed here and is not used up.
@@ -142,8 +157,11 @@ class TicketBook:
             return ticket
         self._forget(now)
         _, shown = self._shown.get(ticket.guard_id, (0.0, 0))
-        if shown >= ticket.choices:
+        if shown >= ticket.choices or ticket.expires <= self._void_until:
             return None
+        if not shown and len(self._shown) >= self._max_tickets:
+            expires, _ = self._shown.pop(next(iter(self._shown)))
+            self._void_until = max(self._void_until, expires)
         self._shown[ticket.guard_id] = ticket.expires, shown + 1
         return ticket
 

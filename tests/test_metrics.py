@@ -30,6 +30,7 @@ def metrics(registry) -> Metrics:
     policy_file: Any = SimpleNamespace(
         policies={"default": make_policy("enforce"), "watch": make_policy("observe")},
         saes={"l12": SimpleNamespace(hook_point="layers.12.resid_post")},
+        on_error="closed",
     )
     return Metrics(
         policy_file,
@@ -194,7 +195,9 @@ def test_a_reload_shows_what_is_served_now_and_keeps_what_was_counted(
     policy_file: Any = SimpleNamespace(
         policies={"default": make_policy("enforce"), "new": make_policy("enforce")},
         saes={"l12": SimpleNamespace(hook_point="layers.12.resid_post")},
+        on_error="open",
     )
+    assert read("fails_open") == 0
     for prints in ({"default": "g1", "new": "g2"}, {"default": "f1", "new": "g2"}):
         metrics.show_policies(
             policy_file, fingerprints=prints, digests={"l12": "d1"}, generation=2
@@ -206,6 +209,7 @@ def test_a_reload_shows_what_is_served_now_and_keeps_what_was_counted(
             if sample.name == "guard_policy_info"
         }
         assert infos == set(prints.items())
+    assert read("fails_open") == 1
     assert read("policy_generation") == 2
     assert read("certificate_info", policy="default", certificate="c1") is None
     assert read("sae_info", sae="l12", hook_point=AT, sha256="d1") == 1

@@ -163,3 +163,16 @@ def test_a_trace_of_every_token_is_refused_by_name() -> None:
     with pytest.raises(RequestError, match="'tokens' is not supported yet") as refused:
         read_field({"trace": "tokens"})
     assert refused.value.param == "guard.trace"
+
+
+def test_a_full_book_lets_nobody_in_twice_and_the_newest_in_once() -> None:
+    book = TicketBook(max_tickets=2)
+    texts = [
+        sign_ticket(Ticket(f"id-{n}", "p", expires=100.0 + n, choices=1), SECRET)
+        for n in range(5)
+    ]
+    for text in texts:
+        assert book.redeem(text, SECRET, now=0.0) is not None
+        assert len(book._shown) <= 2
+    for text in texts:
+        assert book.redeem(text, SECRET, now=0.0) is None

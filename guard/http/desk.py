@@ -133,8 +133,7 @@ class PolicyDesk:
             policy_file: Which policies there are, and which are public.
             fingerprints: Policy name to fingerprint; a verdict must match.
             secret: Per-start secret shared with the engine core.
-            max_open: Requests remembered at once. Beyond it the oldest is
-                forgotten, and its answer fails closed.
+            max_open: Requests open at once; one more is refused.
         """
         self.admin = AdminToken(None)
         """Who may ask for drills and reloads; whoever serves sets it, and `keys`."""
@@ -207,7 +206,8 @@ class PolicyDesk:
 
         Raises:
             RequestError: 400 for an unknown policy or drill, 403 for a policy not
-                offered to it and for a drill without the administrator's token.
+                offered to it and for a drill without the administrator's token, 503
+                where too many requests are open.
         """
         terms = self._terms
         offer = self.offer(authorization)
@@ -227,6 +227,12 @@ class PolicyDesk:
             )
         if field.drill is not None:
             self._check_drill(field.drill, admin_token)
+        if len(self._visits) >= self._max_open:
+            raise RequestError(
+                f"The server has {self._max_open} requests open; expected fewer. Try "
+                "again later.",
+                status=503,
+            )
         guard_id = f"guard-{secrets.token_hex(16)}"
         expires = time.time() + TICKET_SECONDS
         ticket = Ticket(
@@ -239,8 +245,6 @@ class PolicyDesk:
             generation=terms.generation,
         )
         admission = Admission(guard_id, policy, sign_ticket(ticket, self._secret))
-        while len(self._visits) >= self._max_open:
-            self._visits.pop(next(iter(self._visits)))
         known = terms.fingerprints[policy]
         self._visits[guard_id] = _Visit(policy, known, terms.generation)
         return admission

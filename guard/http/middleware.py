@@ -105,9 +105,9 @@ class GuardMiddleware:
         )
         try:
             sealed = seal_body(body, admission.ticket)
-            await self.app(
-                _reseal(scope, len(sealed)), _replay(sealed, receive), responder.send
-            )
+            resealed = _reseal(scope, len(sealed)), _replay(sealed, receive)
+            del raw, body, sealed
+            await self.app(*resealed, responder.send)
         except Exception:
             # Ended by the responder: the application only learnt it this way.
             if not responder.failed:
@@ -162,13 +162,12 @@ class _TooLargeError(Exception):
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that gives this body once, then what the client does."""
-    unread = True
+    unread = [body]
 
     async def replay() -> Message:
-        nonlocal unread
         if unread:
-            unread = False
-            return {"type": "http.request", "body": body, "more_body": False}
+            # Not kept: an answer may take long, and a body be large.
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
         return await receive()
 
     return replay

@@ -24,9 +24,13 @@ from guard.http.route import Kind
 from guard.http.stream import NO_VERDICT, GuardedStream
 from guard.verdict import Verdict
 
-__all__ = ["Responder"]
+__all__ = ["MAX_ANSWER_BYTES", "Responder"]
 
 logger = logging.getLogger(__name__)
+
+
+MAX_ANSWER_BYTES = 256 << 20
+"""Largest answer in one piece that is put together."""
 
 
 class _EndedError(OSError):
@@ -86,7 +90,11 @@ class Responder:
             await self._send_chunk(message)
         else:
             self._body += message.get("body", b"")
-            if not message.get("more_body", False):
+            if len(self._body) > MAX_ANSWER_BYTES:
+                # No JSON any more: what is sent is that there is no verdict.
+                self._body.clear()
+                await self._send_whole()
+            elif not message.get("more_body", False):
                 await self._send_whole()
 
     async def _begin(self, message: Message) -> None:

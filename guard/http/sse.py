@@ -36,6 +36,11 @@ class EventReader:
         self._buffer = b""
         self._searched = 0
 
+    @property
+    def pending(self) -> int:
+        """Bytes of an event that is not complete yet."""
+        return len(self._buffer)
+
     def feed(self, chunk: bytes) -> Iterator[Event]:
         """Take in bytes and yield the events they complete."""
         self._buffer += chunk

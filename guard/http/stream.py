@@ -22,10 +22,13 @@ from guard.http.route import Kind
 from guard.http.sse import DONE, Event, EventReader, write_event
 from guard.verdict import Verdict
 
-__all__ = ["NO_VERDICT", "GuardedStream"]
+__all__ = ["MAX_EVENT_BYTES", "NO_VERDICT", "GuardedStream"]
 
 NO_VERDICT = "guard: no verdict for this response"
 """What a client reads where the guard cannot vouch for an answer."""
+
+MAX_EVENT_BYTES = 64 << 20
+"""Largest event of a stream that is put together."""
 
 _OBJECTS: dict[Kind, str] = {
     "chat": "chat.completion.chunk",
@@ -82,7 +85,10 @@ class GuardedStream:
 
     def feed(self, chunk: bytes) -> bytes:
         """Return what to send for these bytes of the application."""
-        return b"".join([self._pass(event) for event in self._reader.feed(chunk)])
+        passed = b"".join([self._pass(event) for event in self._reader.feed(chunk)])
+        if self._reader.pending > MAX_EVENT_BYTES and not self.failed:
+            return passed + self._fail("an event without an end")
+        return passed
 
     def close(self) -> bytes:
         """Return what to send when the application has sent everything."""

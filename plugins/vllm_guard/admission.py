@@ -11,10 +11,10 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from guard.generation import Generation
-from guard.request import TICKET_KEY, Ticket, Trace
+from guard.request import TICKET_KEY, Fault, Ticket, Trace
 from guard.verdict import Verdict, decide, report
 from guard.watch import Watch
 from vllm_guard import context
@@ -58,7 +58,7 @@ class Watched:
     """Its last outputs, where its policy keeps any back."""
     drill: str | None = None
     """Name of the fire drill that it is."""
-    fault: Literal["unguarded", "unscored"] | None = None
+    fault: Fault | None = None
     """What was not seen of it: a token without its hooks, or a cached one's score."""
     _told: dict[str, Any] | None = None
     """What `tell` returned last."""

@@ -3,6 +3,7 @@
 One board in each API server, and in the process of an offline `LLM`.
 """
 
+import logging
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -15,6 +16,8 @@ from guard.verdict import Verdict
 from vllm_guard.readings import Progress
 
 __all__ = ["Board"]
+
+logger = logging.getLogger(__name__)
 
 
 class Board:
@@ -93,6 +96,14 @@ class Board:
             return
         verdict, progress = known
         self.metrics.finish(verdict, progress.ratios)
+        if verdict.reason is not None and verdict.action != "block":
+            self.metrics.count_let_through(verdict.reason)
+            logger.warning(
+                "A request of policy %r was answered although it was %s: the policy "
+                "file lets it go on.",
+                verdict.policy,
+                verdict.reason,
+            )
         for name, value in progress.observed.items():
             if name.startswith("error_ratio:"):
                 self.metrics.observe_error_norm(value)

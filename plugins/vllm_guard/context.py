@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +95,7 @@ class Context:
     """In the engine core: which tickets were used."""
     uncounted: Counter[str] = field(default_factory=Counter)
     """In the engine core: tokens and errors not yet told to an API server."""
-    hook_seconds: list[float] = field(default_factory=list)
+    hook_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
     """In the engine core: timed calls of hooks not yet told either."""
     reloads: "ReloadBook | None" = None
     """In the engine core: what it knows of reloads."""
@@ -204,7 +204,10 @@ def reporting() -> Iterator[None]:
         yield
     except GuardError as error:
         if path := os.environ.get(FAULT_VARIABLE):
-            Path(path).write_text(str(error), encoding="utf-8")
+            try:
+                Path(path).write_text(str(error), encoding="utf-8")
+            except OSError as full:  # the line still stands in the log
+                logger.warning("%s (It could not be left for `guard serve`.)", full)
         raise
 
 

@@ -72,7 +72,7 @@ def _update_from_output(
 ) -> Any:
     """Take in the readings of a step, and let no token past an alarm."""
     sent: Mapping[str, RequestReadings] = getattr(model_runner_output, "guard", {})
-    readings = {name: sent.get(name) for name in scheduler_output.num_scheduled_tokens}
+    readings = _match(sent, scheduler_output)
     requests = {
         request_id: request
         for request_id in scheduler_output.num_scheduled_tokens
@@ -102,6 +102,27 @@ def _update_from_output(
         _hold_back(outputs, holders)
     _report(outputs)
     return outputs
+
+
+def _match(
+    sent: Mapping[str, RequestReadings], scheduler_output: Any
+) -> dict[str, RequestReadings | None]:
+    """Return each request's readings of this step; those of another step are none.
+
+    A reading that came late would vouch for tokens that nobody looked at.
+    """
+    cached = scheduler_output.scheduled_cached_reqs
+    starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    for new in scheduler_output.scheduled_new_reqs:
+        starts[new.req_id] = new.num_computed_tokens
+    found: dict[str, RequestReadings | None] = {}
+    for name, num_rows in scheduler_output.num_scheduled_tokens.items():
+        reading = sent.get(name)
+        if reading is not None:
+            end = reading.first + len(reading.scores)
+            reading = reading if end == starts[name] + num_rows else None
+        found[name] = reading
+    return found
 
 
 def _count_step(
@@ -167,17 +188,19 @@ def _take_in(
     """Let a request's watch see its readings; return whether none is missing."""
     watch = watched.watch
     if readings is None or readings.guarded < num_rows:
+        if watched.fault is None:  # once a request: there may be thousands of steps
+            logger.error("A token passed the model without its hooks.")
         watched.fault = "unguarded"
-        logger.error("A token passed the model without its hooks.")
         if not watched.is_blocked:
             watch.skip(num_rows - rejected)
         return False
     gap = max(readings.first - watch.tokens_seen, 0)
     if gap:
+        if watched.fault is None:
+            logger.error("A token was found in the cache without its scores.")
         if not watched.is_blocked:
             watched.fault = "unscored"
         context.get().uncounted["unscored"] += gap
-        logger.error("A token was found in the cache without its scores.")
         watch.skip(gap)
     accepted = len(readings.scores) - rejected
     scores, clamped = readings.scores[:accepted], readings.clamped[:accepted]

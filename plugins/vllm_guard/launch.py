@@ -156,7 +156,12 @@ def _run(args: "Namespace") -> None:
 
     configure_logging_from_args(args)
     signal.signal(signal.SIGHUP, _pass_on)
-    with tempfile.TemporaryDirectory(prefix="guard-") as folder:
+    try:
+        home = tempfile.TemporaryDirectory(prefix="guard-", ignore_cleanup_errors=True)
+    except OSError as error:
+        message = f"No place for temporary files ({error}); expected room in TMPDIR."
+        raise EngineError(message) from error
+    with home as folder:
         fault = Path(folder, "fault")
         os.environ[context.FAULT_VARIABLE] = str(fault)
         try:

@@ -5,6 +5,7 @@ a row belongs to, and every value of every rule, is content of buffers it never 
 """
 
 import time
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ __all__ = ["bind", "bound", "call_guard", "take_seconds"]
 
 SAMPLED = 64
 """One call in so many is timed."""
+MAX_SECONDS = 1024
+"""Times that wait to be told, at most: idle passes take none along."""
 
 _guards: list[Guard] = []
 _recorder: Recorder | None = None
 _calls = 0
-_seconds: list[float] = []
+_seconds: deque[float] = deque(maxlen=MAX_SECONDS)
 
 
 def bind(guards: list[Guard], *, recorder: Recorder | None = None) -> None:
@@ -59,7 +62,7 @@ def take_seconds() -> list[float]:
 
     On the host's clock: a replayed CUDA graph calls nothing, and is not timed.
     """
-    taken = _seconds[:]
+    taken = list(_seconds)
     _seconds.clear()
     return taken
 

@@ -28,6 +28,7 @@ def install() -> None:
 
     wrap(OutputProcessor, "process_outputs", _process_outputs)
     wrap(OutputProcessor, "abort_requests", _abort_requests)
+    wrap(OutputProcessor, "propagate_error", _propagate_error)
     wrap(RequestState, "_new_completion_output", _new_completion_output)
 
 
@@ -150,6 +151,14 @@ def _abort_requests(
         if request_id in before:
             context.get_board().finish(before[request_id])
     return aborted
+
+
+def _propagate_error(
+    original: Callable[..., None], processor: Any, error: Exception
+) -> None:
+    """Count the end of an engine; vLLM tells it to every request in flight."""
+    context.get_board().metrics.count_error("engine")
+    original(processor, error)
 
 
 def _new_completion_output(

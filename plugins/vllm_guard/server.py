@@ -3,9 +3,11 @@
 Runs in each API server.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
+import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -37,6 +39,13 @@ _WAIT_EXPECTED = (
     "'wait' is no time; expected how many seconds to wait for requests that began "
     f"before the last reload, at most {_MOST_WAIT_SECONDS:g}."
 )
+
+
+ANSWER_VARIABLE = "GUARD_ANSWER_SECONDS"
+"""How long engines may take to answer for the guard, where 10 seconds are not right: a
+step that is under way comes first."""
+_ANSWER_SECONDS = 10.0
+_PAUSE_SECONDS = 0.1
 
 
 class ServingMiddleware(GuardMiddleware):
@@ -163,6 +172,10 @@ class GuardEndpoint:
             board.desk.keys = read_keys(args, context.get().start.policy_file)
             board.desk.admin = read_admin()
         await check_engines(engine_client)
+        if context.get().start.policy_file.on_error == "open":
+            logger.warning(
+                "on_error is open: requests go on where nobody vouches for them."
+            )
         self._rollout = Rollout(engine_client, args)
         self._rollout.start()
         board.ready = True
@@ -192,7 +205,29 @@ def list_drills() -> list[dict[str, Any]]:
 
 
 async def ask_engines(client: Any) -> list[list[dict[str, Any]]]:
-    """Return what each engine's core and workers say, one list per engine."""
+    """Return what each engine's core and workers say, one list per engine.
+
+    One question at a time, which all who ask meanwhile share: an engine that hangs is
+    not left with a queue of them. vLLM never answers for one that died.
+
+    Raises:
+        TimeoutError: They did not answer in time, or are dead.
+    """
+    question = getattr(client, "guard_question", None)
+    if question is None or question.done():
+        question = client.guard_question = asyncio.ensure_future(_ask(client))
+    seconds = float(os.environ.get(ANSWER_VARIABLE) or _ANSWER_SECONDS)
+    deadline = time.monotonic() + seconds
+    while not question.done():
+        if getattr(client, "errored", False) or time.monotonic() > deadline:
+            message = "The engines are dead, or did not answer in time."
+            raise TimeoutError(message)
+        await asyncio.wait({question}, timeout=_PAUSE_SECONDS)
+    answers: list[list[dict[str, Any]]] = question.result()
+    return answers
+
+
+async def _ask(client: Any) -> list[list[dict[str, Any]]]:
     core = client.engine_core
     call = ("collective_rpc", "guard_status", None, (), None)
     if hasattr(core, "call_utility_all_async"):
@@ -210,6 +245,9 @@ async def check_engines(client: Any) -> None:
     expected = context.get().current.fingerprint
     try:
         engines = await ask_engines(client)
+    except TimeoutError as error:
+        message = "An engine does not answer for the guard: it hangs, or is dead."
+        raise EngineError(message) from error
     except Exception as error:  # vLLM raises bare Exceptions for a failed call
         message = (
             "A worker does not answer for the guard; expected the plugin loaded in "
@@ -249,6 +287,7 @@ async def describe(client: Any, offer: Sequence[str]) -> dict[str, Any]:
         "version": __version__,
         "generation": current.number,
         "fingerprint": current.fingerprint,
+        "on_error": current.policy_file.on_error,
         "default_policy": offer[0],
         "policies": {
             name: {

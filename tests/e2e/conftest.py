@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from e2e.drills import ADMIN_TOKEN, Drills
+from e2e.ledger import Ledger
 from e2e.serving import (
     TOY_POLICIES,
     Server,
@@ -97,3 +98,9 @@ def drafting_server(
         *("--block-size", "32", "--max-num-batched-tokens", "64"),
         *("--speculative-config", json.dumps(drafts)),
     )
+
+
+@pytest.fixture
+def ledger(request: pytest.FixtureRequest) -> Ledger:
+    """Where a test of a fault writes down what it saw."""
+    return Ledger(f"{request.path.name}::{request.node.originalname}")

@@ -49,6 +49,8 @@ def register() -> None:
     switch(engine, "_tell", fault="verdicts-lost")
     fail(reload, "stage_tables", fault="stage-fails")
     delay(runner_v1, "list_requests", fault="slow-steps")
+    lag(runner_v1, "attach", fault="readings-late")
+    poison(Guard, "forward", fault="not-a-number")
     if is_on("file-changes") and not _IS_API_SERVER:
         about = (_FOLDER / "file-changes").read_text(encoding="utf-8")
         path, _, more = about.partition("\n")
@@ -89,3 +91,28 @@ def delay(owner: Any, name: str, *, fault: str) -> None:
         return original(*args, **kwargs)
 
     setattr(owner, name, delayed)
+
+
+def lag(owner: Any, name: str, *, fault: str) -> None:
+    """Let `owner.name(output, readings, seconds)` send what the call before had."""
+    original = getattr(owner, name)
+    kept: list[Any] = []
+
+    def lagging(output: Any, *args: Any, **kwargs: Any) -> Any:
+        sent = kept.pop() if kept and is_on(fault) else args
+        kept[:] = [args]
+        return original(output, *sent, **kwargs)
+
+    setattr(owner, name, lagging)
+
+
+def poison(owner: Any, name: str, *, fault: str) -> None:
+    """Let `owner.name(self, hidden_states, ...)` find NaN, as the model had left it."""
+    original = getattr(owner, name)
+
+    def poisoned(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_on(fault):
+            hidden_states.fill_(float("nan"))
+        return original(self, hidden_states, *args, **kwargs)
+
+    setattr(owner, name, poisoned)

@@ -94,16 +94,22 @@ def test_an_unknown_request_is_not_recorded(desk):
     assert desk.verdicts("guard-x") == {}
 
 
-def test_the_oldest_request_is_forgotten_at_the_bound(policy_file):
+def test_one_request_too_many_is_refused_and_the_others_stay(policy_file):
     prints = dict.fromkeys(policy_file.policies, "f")
     desk = PolicyDesk(policy_file, prints, secret=SECRET, max_open=2)
-    ids = [
-        desk.admit(GuardField(), authorization=None, choices=1).guard_id
-        for _ in range(3)
-    ]
+
+    def admit():
+        return desk.admit(GuardField(), authorization=None, choices=1).guard_id
+
+    ids = [admit(), admit()]
+    with pytest.raises(RequestError, match="2 requests open; expected fewer") as full:
+        admit()
+    assert full.value.status == 503
     for guard_id in ids:
         desk.record(guard_id, 0, make_verdict(guard_id, fingerprint="f"))
-    assert [len(desk.verdicts(guard_id)) for guard_id in ids] == [0, 1, 1]
+    assert [len(desk.verdicts(guard_id)) for guard_id in ids] == [1, 1]
+    desk.close(ids[0])
+    assert admit()
 
 
 def change(desk, policy_file, **changed):

@@ -311,6 +311,18 @@ def hand_out(
     return {0: EngineCoreOutputs(outputs=outputs)} if outputs else {}
 
 
+def schedule(num_rows: int, *, first: int = 0, drafts: int = 0) -> SimpleNamespace:
+    """Return what vLLM's scheduler says of a step of one request."""
+    return SimpleNamespace(
+        num_scheduled_tokens={"r": num_rows},
+        scheduled_new_reqs=(),
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=["r"], num_computed_tokens=[first]
+        ),
+        scheduled_spec_decode_tokens={"r": [0] * drafts} if drafts else {},
+    )
+
+
 def run_step(
     scheduler: FakeScheduler,
     scores: Sequence[float],
@@ -319,8 +331,12 @@ def run_step(
     tokens: Sequence[int],
     drafts: int = 0,
     missed: int = 0,
+    late: int = 0,
 ) -> list[EngineCoreOutput]:
-    """Let one request's rows come back from the worker, and its tokens leave."""
+    """Let one request's rows come back from the worker, and its tokens leave.
+
+    `late` is by how many positions the readings lag behind the step.
+    """
     table = np.zeros((len(scores), WATCHED + 1), dtype=np.float32)
     table[:, WATCHED] = scores
     output = ModelRunnerOutput(["r"], {"r": 0}, [list(tokens)])
@@ -328,10 +344,7 @@ def run_step(
     clamped = np.full(len(scores), 0b01, dtype=np.int32)
     readings = RequestReadings(first, table, clamped, len(scores) - missed)
     output.guard = {"r": readings}
-    scheduled = SimpleNamespace(
-        num_scheduled_tokens={"r": len(scores)},
-        scheduled_spec_decode_tokens={"r": [0] * drafts} if drafts else {},
-    )
+    scheduled = schedule(len(scores), first=first + late, drafts=drafts)
     found = engine._update_from_output(hand_out, scheduler, scheduled, output)
     blocked = [o for group in found.values() for o in group.outputs if o.finish_reason]
     assert ("r" in output.prompt_logprobs_dict) == (not blocked)
@@ -468,7 +481,8 @@ def end_by_vllm(scheduler: FakeScheduler, reason: FinishReason) -> list[Any]:
         output = EngineCoreOutput("r", [], finish_reason=reason)
         return {0: EngineCoreOutputs(outputs=[output])}
 
-    scheduled = SimpleNamespace(num_scheduled_tokens={})
+    scheduled = schedule(0)
+    scheduled.num_scheduled_tokens = {}
     output = ModelRunnerOutput([], {}, [])
     found = engine._update_from_output(end, scheduler, scheduled, output)
     return list(found[0].outputs)
@@ -569,13 +583,38 @@ def test_a_cached_token_without_its_scores_ends_the_request() -> None:
 def test_a_step_without_any_readings_ends_its_requests() -> None:
     scheduler = start(context.get(), prompt_length=2)
     output = ModelRunnerOutput(["r"], {"r": 0}, [[7]])
-    scheduled = SimpleNamespace(
-        num_scheduled_tokens={"r": 2}, scheduled_spec_decode_tokens={}
-    )
-    found = engine._update_from_output(hand_out, scheduler, scheduled, output)
+    found = engine._update_from_output(hand_out, scheduler, schedule(2), output)
     (left,) = found[0].outputs
     assert left.new_token_ids == []
     assert verdict_of(left)["reason"] == "unguarded"
+
+
+@pytest.mark.parametrize("late", [1, -1])
+def test_readings_of_another_step_vouch_for_nothing(
+    late: int, state: context.Context
+) -> None:
+    scheduler = start(state, prompt_length=2)
+    run_step(scheduler, [1.0, 1.0], first=0, tokens=[7])
+    (output,) = run_step(scheduler, [1.0], first=2, tokens=[8], late=late)
+    assert output.new_token_ids == []
+    assert verdict_of(output)["reason"] == "unguarded"
+    assert output.kv_transfer_params is not None
+    assert output.kv_transfer_params[CARRIER_KEY]["counted"] == {"unguarded": 1}
+
+
+def test_one_request_says_only_once_that_it_is_not_guarded(
+    write_policy: Callable[..., Path],
+    clean_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("GUARD_POLICY", str(write_policy("on_error: open")))
+    assert context.enter()
+    scheduler = start(context.get(), prompt_length=1)
+    for position in range(5):
+        run_step(scheduler, [1.0], first=position, tokens=[7], missed=1)
+    said = [record for record in caplog.records if "without its hooks" in record.msg]
+    assert len(said) == 1
 
 
 def test_a_policy_without_monitors_lets_everything_pass(state: context.Context) -> None:

@@ -75,6 +75,60 @@ def test_an_engine_without_the_guard_is_missed(state: context.Context) -> None:
         check(make_engine(state, 0, 1), [None, None])
 
 
+@pytest.fixture
+def hung(state: context.Context, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a client whose engine answers no call before `release` is set."""
+    monkeypatch.setenv(server.ANSWER_VARIABLE, "0.3")
+    client = make_client([])
+    client.calls, client.release = 0, asyncio.Event()
+
+    async def answer(*_call: Any) -> list[Any]:
+        client.calls += 1
+        await client.release.wait()
+        return [make_engine(state, 0, world_size=1)]
+
+    client.engine_core.call_utility_all_async = answer
+    return client
+
+
+async def ask_all(client: Any, times: int) -> list[Any]:
+    asked = [server.check_engines(client) for _ in range(times)]
+    return await asyncio.gather(*asked, return_exceptions=True)
+
+
+def test_an_engine_that_hangs_is_asked_once_however_many_ask(hung: Any) -> None:
+    async def probe() -> None:
+        said = await ask_all(hung, 20) + await ask_all(hung, 1)
+        assert all("does not answer" in str(error) for error in said)
+        assert hung.calls == 1
+        hung.release.set()
+        assert await ask_all(hung, 2) == [None, None]
+        before = hung.calls
+        assert await ask_all(hung, 1) == [None]
+        assert hung.calls == before + 1
+
+    asyncio.run(probe())
+
+
+def test_a_dead_engine_is_not_waited_for(
+    hung: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(server.ANSWER_VARIABLE, "60")
+
+    async def probe() -> None:
+        waiting = asyncio.ensure_future(ask_all(hung, 1))
+        await asyncio.sleep(0.05)
+        hung.errored = True
+        (error,) = await asyncio.wait_for(waiting, 5)
+        assert "does not answer" in str(error)
+
+    asyncio.run(probe())
+
+
+def test_the_status_of_an_engine_that_hangs_says_so(hung: Any) -> None:
+    assert asyncio.run(server.describe(hung, ["open"]))["engines"] is None
+
+
 def test_status_says_which_certificate_a_policy_has_or_none(
     certified: context.Context,
 ) -> None:

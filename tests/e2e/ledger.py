@@ -1,0 +1,81 @@
+"""The page on which every fault stands: what a client saw, and what the operator.
+
+Each test of a fault writes down what it saw and holds that against `docs/faults.md`.
+With GUARD_WRITE_FAULTS=1 in the environment it writes the page instead.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
+
+FAULTS = (
+    "a hook stops running",
+    "a step's readings are lost",
+    "a step's readings come with the next step",
+    "every step and its readings are late",
+    "verdicts are lost on their way to the API server",
+    "`on_error: open`, a hook stops running",
+    "`on_error: open`, a step's readings are lost",
+    "`on_error: open`, verdicts are lost on their way to the API server",
+    "the model computes NaN, a monitor blocks",
+    "the model computes NaN, a monitor flags",
+    "the model computes NaN, no monitor",
+    "a worker hangs",
+    "the engine core hangs",
+    "the disk is full",
+    "no process has a file descriptor left",
+    "a storm of harmless signals, stops and continues",
+    "a worker is killed",
+    "the engine core is killed",
+)
+"""In the order of the page."""
+
+_HEAD = """\
+# Faults
+
+What happens when something breaks under load: what the client of a running stream
+saw, and what the operator did. Every row is written by the test that it names, on a
+real server (`GUARD_WRITE_FAULTS=1 make test ARGS=tests/e2e/test_outage.py`), and that
+test fails where it sees something else. "Closed" is the default, `on_error: closed`.
+
+Known and not solved: after a model has computed NaN, a later request was once seen to
+compute NaN as well, perhaps from a KV block that both used. Whoever has no monitor
+does not notice, as in the row of NaN without one: let a policy have one that blocks.
+
+What is not here vLLM does alone. Seconds from a killed process to not ready are in
+[faults.json](../benchmarks/results/faults.json).
+
+| fault | what the client saw | what the operator saw | test |
+|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where one test writes down what it saw."""
+
+    test: str
+    """File and name of the test."""
+
+    def enter(self, fault: str, *, client: str, operator: str) -> None:
+        """Hold what was seen against the page, or write it there."""
+        assert fault in FAULTS
+        row = f"| {fault} | {client} | {operator} | `{self.test}` |"
+        rows = read_page()
+        if os.environ.get("GUARD_WRITE_FAULTS"):
+            rows[fault] = row
+            lines = [rows[known] for known in FAULTS if known in rows]
+            PAGE.write_text(_HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+        else:
+            assert rows.get(fault) == row, "docs/faults.md says otherwise"
+
+
+def read_page() -> dict[str, str]:
+    """Return the rows of the page, by fault."""
+    if not PAGE.exists():
+        return {}
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows[1:]}
