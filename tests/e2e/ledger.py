@@ -22,7 +22,6 @@ FAULTS = (
     "the model computes NaN, a monitor blocks",
     "the model computes NaN, a monitor flags",
     "the model computes NaN, no monitor",
-    "a worker hangs",
     "the engine core hangs",
     "the disk is full",
     "no process has a file descriptor left",
@@ -36,9 +35,9 @@ _HEAD = """\
 # Faults
 
 What happens when something breaks under load: what the client of a running stream
-saw, and what the operator did. Every row is written by the test that it names, on a real
-server (`GUARD_WRITE_FAULTS=1 make test ARGS=tests/e2e/test_outage.py`), and that test
-fails where it sees something else. "Closed" is the default, `on_error: closed`.
+saw, and what the operator did. Every row is written by the test that it names, on a
+real server (`GUARD_WRITE_FAULTS=1 make test ARGS=tests/e2e/test_outage.py`), and that
+test fails where it sees something else. "Closed" is the default, `on_error: closed`.
 
 Known and not solved: after a model has computed NaN, a later request was once seen to
 compute NaN as well, perhaps from a KV block that both used. Whoever has no monitor
