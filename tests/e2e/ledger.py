@@ -22,7 +22,6 @@ FAULTS = (
     "the model computes NaN, a monitor blocks",
     "the model computes NaN, a monitor flags",
     "the model computes NaN, no monitor",
-    "a worker hangs",
     "the engine core hangs",
     "the disk is full",
     "no process has a file descriptor left",

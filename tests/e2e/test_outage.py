@@ -54,7 +54,7 @@ NAN_POLICIES = {
     "the model computes NaN, a monitor flags": "default",
     "the model computes NaN, no monitor": "open",
 }
-HUNG = {"a worker hangs": "Worker", "the engine core hangs": "EngineCor"}
+HUNG = {"the engine core hangs": "EngineCor"}
 
 
 def start(
