@@ -10,15 +10,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from guard.errors import CalibrationError
+from guard.file import check_regular
 
 __all__ = ["explaining", "read_artefact", "write_artefact"]
 
 _NOTE = "guard"
+_FLOATS = (torch.float32, torch.float64)
+"""What is written; many other types of a safetensors file cannot be compared."""
 
 
 def write_artefact(
@@ -36,9 +40,15 @@ def read_artefact(path: Path) -> tuple[dict[str, Tensor], Any]:
     Raises:
         Exception: Of several kinds, which `explaining` knows.
     """
+    check_regular(path)
     with safe_open(path, framework="pt") as file:
         note = json.loads((file.metadata() or {})[_NOTE])
-        return {name: file.get_tensor(name) for name in file.keys()}, note  # noqa: SIM118 - not a dict
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            message = f"{name!r} holds {tensor.dtype}; expected floats"
+            raise ValueError(message)
+    return tensors, note
 
 
 @contextlib.contextmanager
@@ -62,6 +72,7 @@ def explaining(path: Path, *, kind: str, command: str) -> Iterator[None]:
         SafetensorError,
         AttributeError,
         KeyError,
+        RuntimeError,  # a tensor of a kind that torch cannot compute with; deep JSON
         TypeError,
         ValueError,
         OSError,
