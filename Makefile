@@ -1,8 +1,9 @@
-# The four commands a person needs. Each sets up what is missing, once.
+# The commands a person needs. Each sets up what is missing, once.
 #
 #   make demo    the organism behind a guarded server    ARGS="--once" and the like
 #   make test    the whole test suite                    ARGS="-k clamp" WORKERS=0
 #   make check   lint, format, types, import contract
+#   make fuzz    many more hostile files and requests    CASES=10000
 #   make bench   benchmarks/results/*.json
 
 SHELL := /bin/bash
@@ -10,12 +11,13 @@ PYTHON ?=
 ARGS ?=
 # Processes among which tests are divided; 0 is one, with a terminal of its own.
 WORKERS ?= 2
+CASES ?= 5000
 bin := .venv/bin
 # Subprocesses of the tests find `guard`, and a Prometheus of our own, by name.
 export PATH := $(CURDIR)/$(bin):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test fuzz check bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -25,6 +27,10 @@ demo: .venv/.ready
 
 test: .venv/.ready .venv/.prometheus-ready
 	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# For each parser so many inputs, drawn anew every time; the suite has 80 of each.
+fuzz: .venv/.ready
+	GUARD_FUZZ_CASES=$(CASES) $(bin)/python -m pytest tests/fuzz --timeout 86400 $(ARGS)
 
 check: .venv/.ready
 	$(bin)/ruff check .

@@ -10,15 +10,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
 from guard.errors import CalibrationError
+from guard.file import check_regular
 
 __all__ = ["explaining", "read_artefact", "write_artefact"]
 
 _NOTE = "guard"
+_FLOATS = (torch.float32, torch.float64)
+"""What is written; many other types of a safetensors file cannot be compared."""
 
 
 def write_artefact(
@@ -38,10 +42,15 @@ def read_artefact(path: Path) -> tuple[dict[str, Tensor], Any]:
     """
     # At once, for a server that reads one at each reload: `safe_open` keeps some memory
     # for every tensor that is got from it.
+    check_regular(path)
     content = path.read_bytes()
     tensors = load(content)
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            message = f"{name!r} holds {tensor.dtype}; expected floats"
+            raise ValueError(message)
     return tensors, json.loads(header["__metadata__"][_NOTE])
 
 
@@ -66,6 +75,7 @@ def explaining(path: Path, *, kind: str, command: str) -> Iterator[None]:
         SafetensorError,
         AttributeError,
         KeyError,
+        RuntimeError,  # a tensor of a kind that torch cannot compute with; deep JSON
         TypeError,
         ValueError,
         OSError,

@@ -13,10 +13,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from guard.errors import CertificateError
+from guard.file import read_file
 from guard.fingerprint import fingerprint
 from guard.policy import PolicyFile
 
 __all__ = ["Attestation", "certificate_id", "load_certificates", "read_certificate"]
+
+MAX_FILE_BYTES = 64 << 20
+"""Of a certificate; those of this project have about 100 kB."""
 
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -63,7 +67,7 @@ def read_certificate(path: Path) -> Attestation:
         CertificateError: It cannot be read, is none, or was changed since.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path, limit=MAX_FILE_BYTES).decode())
     except OSError as error:
         message = f"{path}: cannot be read ({error.strerror}); expected a certificate."
         raise CertificateError(message) from error

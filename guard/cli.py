@@ -320,7 +320,11 @@ def drill(
     url: UrlOption = _LOCAL,
     admin_token: Annotated[
         str,
-        typer.Option(envvar="GUARD_ADMIN_TOKEN", help="As the server was given it."),
+        typer.Option(
+            envvar="GUARD_ADMIN_TOKEN",
+            help="As the server was given it; everybody sees an argument, so rather "
+            "in the environment.",
+        ),
     ] = "",
     api_key: KeyOption = "",
     policy: Annotated[

@@ -44,8 +44,9 @@ class Document:
             raise PolicyError(
                 f"{source}:{line}: is not the YAML a policy is written in: {problem}"
             ) from error
-        except yaml.YAMLError as error:
-            message = " ".join(str(error).split())
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
+            # The scanner itself lets go of an escape or a version beyond any bound.
+            message = shorten(" ".join(str(error).split()))
             raise PolicyError(f"{source}: is not YAML: {message}") from error
         if not isinstance(node, yaml.MappingNode):
             raise PolicyError(
@@ -141,6 +142,11 @@ class _Composer(yaml.SafeLoader):
                 problem="anchors and aliases are refused; write the value out",
                 problem_mark=event.start_mark,
             )
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem="tags are refused; write a plain value, quoted if it is text",
+                problem_mark=event.start_mark,
+            )
         if self._depth > _MAX_DEPTH:
             raise yaml.MarkedYAMLError(
                 problem="it is nested too deeply", problem_mark=event.start_mark
@@ -160,7 +166,7 @@ _SCALARS: Mapping[str, Any] = {
     _TEXT: lambda node: node.value,
     f"{_TAG}bool": _PLAIN.construct_yaml_bool,
     f"{_TAG}int": lambda node: _read_int(node.value),
-    f"{_TAG}float": _PLAIN.construct_yaml_float,
+    f"{_TAG}float": lambda node: _read_float(node),
     f"{_TAG}null": _PLAIN.construct_yaml_null,
 }
 
@@ -170,6 +176,13 @@ def _read_int(text: str) -> int:
     if re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text) is None:
         raise ValueError(text)
     return int(text)
+
+
+def _read_float(node: yaml.ScalarNode) -> float:
+    # YAML 1.1 reads 1:30.5 as ninety and a half.
+    if ":" in node.value:
+        raise ValueError(node.value)
+    return float(_PLAIN.construct_yaml_float(node))
 
 
 def _show(location: Location) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from guard.errors import DrillError
+from guard.file import check_regular
 from guard.policy import PolicyFile, Position, Sha256
 
 __all__ = ["RecoveryEdit", "load_edit", "load_edits", "save_edit"]
@@ -63,6 +64,7 @@ def load_edit(path: Path) -> RecoveryEdit:
         DrillError: The file is missing, damaged or not such an edit.
     """
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             names = sorted(file.keys())
             if names != [_DELTA]:

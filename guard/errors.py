@@ -28,8 +28,20 @@ __all__ = [
 ]
 
 
+_MAX_CHARS = 800
+"""Of a message: names and values in it may be a stranger's, and so may their length."""
+
+
 class GuardError(Exception):
     """What the guard refuses to do, in one line for whoever can mend it."""
+
+    def __str__(self) -> str:
+        """Return the line, without what would steer a terminal or split a log."""
+        text = " ".join(super().__str__().split())
+        text = text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 3]}..."
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class PolicyError(GuardError):

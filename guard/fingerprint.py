@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from guard.errors import PolicyError
+from guard.file import hash_file
 from guard.policy import PolicyFile, SaeSource
 
 __all__ = ["clamps_digest", "file_fingerprint", "fingerprint", "sae_digest"]
@@ -120,14 +121,15 @@ def _hash(content: Mapping[str, object]) -> str:
 def _identify(source: SaeSource) -> dict[str, object]:
     # The digest of the weights does not cover cfg.json and what else decides how
     # they are used: k, the normalisation, the scaling factor.
-    beside = {path.name: _hash_file(path) for path in source.path.glob("*.json")}
+    # What is no file decides nothing, and a pipe or a device has no end to wait for.
+    found = [path for path in source.path.glob("*.json") if path.is_file()]
+    beside = {path.name: _hash_file(path) for path in found}
     return {**source.model_dump(mode="json", exclude={"path"}), "beside": beside}
 
 
 def _hash_file(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_file(path)
     except OSError as error:
         raise PolicyError(
             f"{path}: cannot be read ({error.strerror}); expected a file"

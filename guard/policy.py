@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from guard.document import Document, Location, shorten
 from guard.errors import PolicyError
+from guard.file import read_file
 
 __all__ = [
     "Drill",
@@ -500,15 +501,11 @@ def read_policy(path: Path) -> bytes:
         PolicyError: It cannot be read, or is too large.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+        return read_file(path, limit=MAX_FILE_BYTES)
     except OSError as error:
         raise PolicyError(
             f"{path}: cannot be read ({error.strerror}); expected a policy file"
         ) from error
-    if len(content) > MAX_FILE_BYTES:
-        raise PolicyError(f"{path}: is larger than 1 MiB; expected a policy file")
-    return content
 
 
 def parse_policy(content: bytes, path: Path) -> PolicyFile:

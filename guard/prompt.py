@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from guard.errors import PromptError
+from guard.file import read_file
 
 __all__ = [
     "Prompt",
@@ -18,6 +19,8 @@ __all__ = [
     "split_prompts",
     "write_prompts",
 ]
+
+_MAX_BYTES = 1 << 30
 
 
 class Prompt(BaseModel):
@@ -65,7 +68,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     prompts = []
     try:
         # Not `splitlines`: JSON text may hold other characters that end a line.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = _read(path).decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         message = f"{path}: cannot be read ({error}); expected JSON lines in UTF-8."
         raise PromptError(message) from error
@@ -86,6 +89,11 @@ def read_prompts(path: Path) -> list[Prompt]:
         message = f"{path}: holds no prompt; expected one JSON object a line."
         raise PromptError(message)
     return prompts
+
+
+def _read(path: Path) -> bytes:
+    # A shell's <(command) is a pipe, and somebody writes to it.
+    return path.read_bytes() if path.is_fifo() else read_file(path, limit=_MAX_BYTES)
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:

@@ -28,3 +28,15 @@ def test_a_request_error_carries_what_the_http_answer_needs() -> None:
 def test_a_request_error_is_a_400_about_no_field_unless_it_says_so() -> None:
     error = errors.RequestError("Malformed")
     assert (error.param, error.status) == (None, 400)
+
+
+@pytest.mark.parametrize(
+    "kind", [errors.GuardError, errors.PolicyError, errors.RequestError]
+)
+def test_a_message_is_a_line_to_read_whatever_names_are_in_it(
+    kind: type[errors.GuardError],
+) -> None:
+    assert str(kind("a name\n\x1b[31m \ud800 \u202e é")) == (
+        r"a name \x1b[31m \ud800 \u202e é"
+    )
+    assert len(str(kind("a" * 5000))) == 800

@@ -355,7 +355,7 @@ FAULTS = [
     ("latents: [629]", "latents: &a [629]", "16: is not the YAML a policy is written in: anchors and aliases are refused; write the value out"),
     ("latents: [629]", "latents: *a", "16: is not the YAML a policy is written in: anchors and aliases are refused; write the value out"),
     ("latents: [629]", f"latents: {'[' * 30}{']' * 30}", "16: is not the YAML a policy is written in: it is nested too deeply"),
-    ("latents: [629]", "latents: !!python/tuple [629]", "16: policies.default.clamps[1].when.latents: 'python/tuple' is no plain value; quote it"),
+    ("latents: [629]", "latents: !!python/tuple [629]", "16: is not the YAML a policy is written in: tags are refused; write a plain value, quoted if it is text"),
     ("latents: [629]", "latents: 2026-01-01", "16: policies.default.clamps[1].when.latents: 'timestamp' is no plain value; quote it"),
     ("  open:", "  yes:", "20: policies: key 'yes' is not text; quote it"),
     ("  open:", "  ? [a]\n  :", "20: policies: key this is not text; quote it"),
@@ -390,7 +390,13 @@ def test_more_clamps_than_bits_are_refused(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "policy.yaml: is not UTF-8; expected YAML text"),
         (b"a: \x07", "policy.yaml: is not YAML: "),
         (b"a: 1\n---\nb: 1\n", "policy.yaml:2: is not the YAML a policy is written in"),
-        (b"#" * (1 << 20) + b"\n", "policy.yaml: is larger than 1 MiB"),
+        (b'a: "\\UFFFFFFFF"', "policy.yaml: is not YAML: "),
+        (b"%YAML " + b"9" * 5000 + b".1\n---\na: 1", "policy.yaml: is not YAML: "),
+        (b"a: !!bool x", "policy.yaml:1: is not the YAML a policy is written in: tags"),
+        (b"a: !!float ''", "policy.yaml:1: is not the YAML a policy is written in: "),
+        (b"a: 1:30.5", "policy.yaml:1: a: '1:30.5' is no decimal number; quote it if"),
+        (b"a: 1" + b":1" * 400 + b".0", "policy.yaml:1: a: '1:1:1"),
+        (b"#" * (1 << 20) + b"\n", "policy.yaml: cannot be read (Larger than 1 MiB)"),
     ],
 )
 def test_a_file_that_is_no_policy_at_all_is_one_line(

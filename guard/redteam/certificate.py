@@ -7,18 +7,26 @@ behaviour, and the clamped one does not.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationError,
     model_serializer,
 )
 
+from guard.certificate import MAX_FILE_BYTES
+from guard.document import shorten
+from guard.errors import CertificateError
+from guard.file import read_file
 from guard.redteam.bound import clopper_pearson, upper_bound
 from guard.redteam.target import Position
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = [
     "Attacker",
@@ -39,6 +47,7 @@ __all__ = [
     "Search",
     "Served",
     "Subject",
+    "load_certificate",
 ]
 
 Attacker = Literal["unaware", "adaptive"]
@@ -315,3 +324,24 @@ class Certificate(_Data):
     commit: str | None
     command: str
     seconds: float
+
+
+def load_certificate(path: Path) -> Certificate:
+    """Read all that a certificate says.
+
+    Raises:
+        CertificateError: It cannot be read, or is none.
+    """
+    try:
+        return Certificate.model_validate_json(read_file(path, limit=MAX_FILE_BYTES))
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror}); expected a certificate."
+        raise CertificateError(message) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = shorten(".".join(map(str, first["loc"])) or "JSON")
+        message = (
+            f"{path}: is no certificate ({where}: {first['msg']}); expected "
+            "what `guard certify` writes."
+        )
+        raise CertificateError(message) from error

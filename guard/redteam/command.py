@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import ValidationError
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from guard.client import Client
 from guard.errors import CertificateError
 from guard.provenance import describe_run
-from guard.redteam.certificate import Certificate
+from guard.redteam.certificate import Certificate, load_certificate
 from guard.redteam.certify import PRESETS, certify, verify
 from guard.redteam.report import write_report
 from guard.redteam.server import find_free_port, run_server, wait_until_ready
@@ -160,19 +159,7 @@ def verify_certificate(
     Raises:
         CertificateError: It is none, or does not hold; the first reason is named.
     """
-    try:
-        certificate = Certificate.model_validate_json(path.read_bytes())
-    except OSError as error:
-        message = f"{path}: cannot be read ({error.strerror}); expected a certificate."
-        raise CertificateError(message) from error
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        message = (
-            f"{path}: is no certificate ({where or 'JSON'}: {first['msg']}); expected "
-            "what `guard certify` writes."
-        )
-        raise CertificateError(message) from error
+    certificate = load_certificate(path)
     _use_one_thread()
     subject = source.load(certificate.protocol.preset)
     with console.status(f"Running {rows} of its cells again ..."):

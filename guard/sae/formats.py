@@ -6,7 +6,6 @@ every format.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from guard.errors import SaeError
+from guard.file import read_file
 from guard.sae.config import Format, SaeConfig
 from guard.sae.model import SaeTensors
 
@@ -31,6 +31,7 @@ WEIGHTS_FILES: Mapping[Format, str] = {
 CONFIG_FILE = "cfg.json"
 SCALER_FILE = "activation_scaler.json"
 _MAX_JSON_BYTES = 1 << 20
+_MAX_FACTOR = torch.finfo(torch.float32).max
 
 
 class Published(NamedTuple):
@@ -177,20 +178,21 @@ class _SaeLensCfg:
         name = self.values.get("architecture", "standard")
         activation = self.values.get("activation_fn_str")
         activation = activation or self.values.get("activation_fn") or "relu"
-        if name in {"batchtopk", "matryoshka_batchtopk"}:
+        # Tuples, not sets: what a file says need not be hashable.
+        if name in ("batchtopk", "matryoshka_batchtopk"):
             raise self.refusal(
                 f"architecture {name} has no stored threshold, so a token's latents "
                 "would depend on its neighbours; expected the inference model that "
                 "SAELens saves for it, architecture jumprelu"
             )
-        if name not in {"standard", "jumprelu", "topk", "gated"}:
+        if name not in ("standard", "jumprelu", "topk", "gated"):
             raise self.refusal(
                 f"architecture {name!r} cannot be read; expected one of standard, "
                 "jumprelu, topk, gated"
             )
         if name == "standard" and activation == "topk":
             return "topk"  # how SAELens up to v5 wrote it
-        if activation not in ({"relu", "topk"} if name == "topk" else {"relu"}):
+        if activation not in (("relu", "topk") if name == "topk" else ("relu",)):
             raise self.refusal(
                 f"activation_fn {activation!r} cannot be computed; expected 'relu'"
             )
@@ -238,7 +240,7 @@ class _SaeLensCfg:
         head = self.values.get("hook_head_index")
         if head is not None:
             raise self.refusal(f"reads one attention head ({head}); expected a stream")
-        if self.values.get("reshape_activations") not in {None, "none"}:
+        if self.values.get("reshape_activations") not in (None, "none"):
             raise self.refusal(
                 f"reshape_activations {self.values['reshape_activations']!r} reads "
                 "attention heads; expected 'none'"
@@ -284,8 +286,7 @@ def _read_scaling_factor(folder: Path) -> float:
     if (
         not isinstance(factor, int | float)
         or isinstance(factor, bool)
-        or not math.isfinite(factor)
-        or factor <= 0
+        or not 0 < factor <= _MAX_FACTOR
     ):
         raise SaeError(f"{path}: scaling_factor is {factor!r}; expected a number > 0")
     return float(factor)
@@ -293,14 +294,11 @@ def _read_scaling_factor(folder: Path) -> float:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_JSON_BYTES + 1)
+        content = read_file(path, limit=_MAX_JSON_BYTES)
     except OSError as error:
         raise SaeError(
-            f"{path}: cannot be read ({error.strerror}); expected a JSON file"
+            f"{path}: cannot be read ({error.strerror}); expected a small JSON file"
         ) from error
-    if len(content) > _MAX_JSON_BYTES:
-        raise SaeError(f"{path}: is larger than 1 MiB; expected a small JSON object")
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,5 @@
 """Load an SAE folder: digest first, then shapes, then numbers. Safetensors only."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from guard.errors import SaeError
+from guard.file import hash_file
 from guard.sae.config import Format, SaeConfig
 from guard.sae.formats import (
     CONFIG_FILE,
@@ -135,8 +135,7 @@ def _find_weights(folder: Path, format: Format) -> Path:
 
 def _hash_file(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_file(path)
     except OSError as error:
         raise SaeError(
             f"{path}: cannot be read ({error.strerror}); expected a weights file"
@@ -150,7 +149,8 @@ def _read_tensors(path: Path, config: SaeConfig, format: Format) -> dict[str, Te
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             for name in _UNUSED[format] & shapes.keys():
                 del shapes[name]
-                if not bool((file.get_tensor(name) == 1).all()):
+                unused = _to_fp32(str(path), name, file.get_tensor(name))
+                if not bool((unused == 1).all()):
                     raise SaeError(
                         f"{path}: {name} is not all ones; fold it into W_dec first"
                     )

@@ -289,6 +289,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "cfg.json: architecture 'temporal' cannot be read; expected one of",
     ),
     (v6("transcoder"), "architecture 'transcoder' cannot be read"),
+    (v6([]), r"architecture \[\] cannot be read"),
+    (v6(activation_fn={"relu": 1}), "activation_fn {'relu': 1} cannot be computed"),
+    (
+        v6(reshape_activations=["none"]),
+        r"reshape_activations \['none'\] reads",
+    ),
     (v6("batchtopk"), "architecture batchtopk has no stored threshold, so a token's"),
     (v6("matryoshka_batchtopk"), "architecture matryoshka_batchtopk has no stored"),
     (

@@ -131,7 +131,7 @@ def test_another_hook_point_is_refused(folder: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "holds a list; expected an object"),
         ("[" * 100_000, "is not JSON"),
-        (" " * (1 << 20) + "{}", "is larger than 1 MiB"),
+        (" " * (1 << 20) + "{}", "cannot be read .Larger than 1 MiB"),
         ("{}", "architecture: Field required"),
         (
             json.dumps({"architecture": "relu"}),
