@@ -4,6 +4,7 @@
 #   make test    the whole test suite                    ARGS="-k clamp" WORKERS=0
 #   make check   lint, format, types, import contract
 #   make fuzz    many more hostile files and requests    CASES=10000
+#   make sbom    build/sbom.json: what an installation is made of, with licences
 #   make bench   benchmarks/results/*.json
 
 SHELL := /bin/bash
@@ -17,7 +18,7 @@ bin := .venv/bin
 export PATH := $(CURDIR)/$(bin):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz check bench clean
+.PHONY: help demo test fuzz check sbom bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -30,13 +31,17 @@ test: .venv/.ready .venv/.prometheus-ready
 
 # For each parser so many inputs, drawn anew every time; the suite has 80 of each.
 fuzz: .venv/.ready
-	GUARD_FUZZ_CASES=$(CASES) $(bin)/python -m pytest tests/fuzz --timeout 86400 $(ARGS)
+	GUARD_FUZZ_CASES=$(CASES) $(bin)/python -m pytest --timeout 86400 \
+		tests/fuzz tests/http/test_hostile.py $(ARGS)
 
 check: .venv/.ready
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/lint-imports
+
+sbom: .venv/.ready
+	$(bin)/python .ci/sbom.py build/sbom.json
 
 bench: .venv/.ready build/organism-1
 	$(bin)/python -m benchmarks.overhead $(ARGS)

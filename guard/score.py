@@ -219,7 +219,7 @@ def _distance(rows: Tensor, statistics: Statistics) -> Tensor:
     scaled = (rows - statistics["mean"]) * statistics["inverse_scale"]
     leading = scaled @ basis
     # Not the difference of two squared norms: it would cancel where little is left.
-    rest = scaled - leading @ basis.T
+    rest = scaled - leading @ basis.mT
     squared = leading.square() @ statistics["leading"]
     return (squared + rest.square().sum(1) * statistics["rest"]).sqrt()
 

@@ -213,3 +213,43 @@ def test_nobody_else_reads_anything_of_a_drill_or_reloads(
     assert answer.status_code == status
     assert words in answer.json()["error"]["message"]
     assert not any(word in answer.text for word in ("last", "whole", "w1"))
+
+
+OPEN = {"/guard/ready", "/guard/status"}
+"""Routes of the guard that are no administrator's."""
+
+
+def test_every_route_of_an_administrator_is_shut_by_default_and_to_all_others(
+    drilled: context.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastapi import FastAPI
+
+    monkeypatch.delenv("GUARD_ADMIN_TOKEN", raising=False)
+    desk = SimpleNamespace(admin=server.read_admin())
+    monkeypatch.setattr(drilled, "board", SimpleNamespace(desk=desk))
+    app = FastAPI(openapi_url=None)
+    server.GuardEndpoint().attach_router(app)
+    shut = [
+        (method, route.path)
+        for route in app.routes
+        for method in getattr(route, "methods", ())
+        if getattr(route, "path", None) not in OPEN
+    ]
+    assert ("GET", "/guard/drills") in shut
+
+    async def ask(method: str, path: str, token: str | None) -> int:
+        transport = httpx.ASGITransport(app)
+        headers = {"x-guard-admin-token": token} if token is not None else {}
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://guard"
+        ) as client:
+            return (await client.request(method, path, headers=headers)).status_code
+
+    for method, path in shut:
+        for token in (None, "", "None", TOKEN):
+            assert asyncio.run(ask(method, path, token)) in (403, 404)
+    desk.admin = AdminToken(TOKEN)
+    for method, path in shut:
+        for token in (None, "", TOKEN[:-1], f"{TOKEN}x"):
+            assert asyncio.run(ask(method, path, token)) == 403
+    assert asyncio.run(ask("GET", "/guard/drills", TOKEN)) == 200
