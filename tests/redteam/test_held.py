@@ -219,13 +219,15 @@ def test_no_hook_of_a_later_clamp_stays_behind(layered):
 
 @pytest.fixture(scope="module", params=["last", "all", "every"])
 def config(request):
-    return AttackConfig(position=request.param, budget=0.4, steps=10)
+    return AttackConfig(position=request.param, budget=0.4, steps=8)
 
 
 @pytest.fixture(scope="module")
 def found(layered, config):
     steps = []
-    return attack(layered.target, layered.wanted, config, on_step=steps.append), steps
+    return attack(
+        layered.target, layered.wanted[:2], config, on_step=steps.append
+    ), steps
 
 
 def drift(layered, result):
@@ -233,7 +235,7 @@ def drift(layered, result):
     target, (_, second) = layered.target, layered.held
     latents = sorted({latent for rule in second.rules for latent in rule.latents})
     moved = []
-    for sample, delta in zip(layered.wanted, result.deltas, strict=True):
+    for sample, delta in zip(layered.wanted[:2], result.deltas, strict=True):
         batch = pad_left([[*sample.prompt, *sample.answer[:-1]]])
         placed = place_edits(
             target, batch, [delta], [len(sample.answer) - 1], result.config.position
@@ -262,7 +264,7 @@ def test_an_edit_hides_from_the_later_clamp_too(layered, found):
     """By how much it shows there, against an attack that only heeds the first one."""
     result, steps = found
     target = layered.target
-    blind = attack(replace(target, later=()), layered.wanted, result.config)
+    blind = attack(replace(target, later=()), layered.wanted[:2], result.config)
     assert blind.drift == []
     hidden, shown = drift(layered, result), drift(layered, blind)
     assert result.drift == pytest.approx(hidden, rel=0.02, abs=1e-4)
@@ -284,6 +286,7 @@ def test_a_hidden_edit_still_brings_answers_back(layered):
 def certificate(layered, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certify_module, "PRESETS", {"quick": PLAN})
+        patch.setattr(certify_module, "POSITIONS", ("last", "every"))
         made = certify(
             layered,
             "quick",
