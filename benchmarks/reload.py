@@ -29,12 +29,11 @@ from rich.progress import track
 from guard.demo.measure import ORGANISM
 from guard.demo.show import OPTIONS
 from guard.provenance import ROOT, describe_run
-from guard.redteam.server import find_free_port, run_server
+from guard.redteam.server import find_free_port, run_server, wait_until_ready
 
 __all__ = ["Load", "Policies"]
 
 RESULTS = ROOT / "benchmarks" / "results" / "reload.json"
-START_SECONDS = 300
 TOKEN = "benchmark-administrator"
 CLIENTS = 4
 PROMPTS = 8
@@ -197,22 +196,6 @@ def read_memory(session: int) -> float:
     return round(total / 1024, 1)
 
 
-def wait_until_ready(url: str, log: Path) -> None:
-    """Wait for a server.
-
-    Raises:
-        RuntimeError: It did not start.
-    """
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/guard/ready", timeout=10).is_success:
-                return
-        time.sleep(0.5)
-    message = f"The server did not start:\n{log.read_text()}"
-    raise RuntimeError(message)
-
-
 def main(
     output: Annotated[Path, typer.Option(help="Results file.")] = RESULTS,
     reloads: Annotated[int, typer.Option(min=20, help="How many.")] = 1000,
@@ -230,7 +213,7 @@ def main(
         command += ["--policy", str(policies.path), *OPTIONS]
         environment = {"GUARD_ADMIN_TOKEN": TOKEN}
         with run_server(command, port=port, log=log, environment=environment) as server:
-            wait_until_ready(url, log)
+            wait_until_ready(url, server, log)
             rows = measure(url, server.pid, policies, texts, reloads=reloads)
     if reloads < 1000:
         rows["note"] = f"shortened: {reloads} reloads in place of 1000"

@@ -96,17 +96,18 @@ def _check_name(value: str) -> str:
     return value
 
 
+_RESID_POST = re.compile(r"layers\.(0|[1-9]\d{0,4})\.resid_post")
+
+
 def _check_hook_point(value: str) -> str:
-    if re.fullmatch(r"layers\.(0|[1-9]\d{0,4})\.resid_post", value) is None:
+    if _RESID_POST.fullmatch(value) is None:
         _refuse(f"{value!r} is not a hook point; expected layers.<n>.resid_post")
     return value
 
 
 def _check_read_point(value: str) -> str:
     # The one other place: every further resid_pre has the name of a resid_post.
-    if value == "layers.0.resid_pre":
-        return value
-    if re.fullmatch(r"layers\.(0|[1-9]\d{0,4})\.resid_post", value) is None:
+    if value != "layers.0.resid_pre" and _RESID_POST.fullmatch(value) is None:
         _refuse(
             f"{value!r} is not a hook point; expected layers.<n>.resid_post or "
             "layers.0.resid_pre"

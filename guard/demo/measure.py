@@ -17,18 +17,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from guard.check import load_saes
 from guard.demo.dialogue import answers
 from guard.demo.grammar import KINDS, REFUSAL, SPLITS, Kind, Prompt, Split, prompts
 from guard.policy import load_policy
 from guard.redteam.held import held_layers, policy_clamp
 from guard.redteam.subject import load_transformer
-from guard.sae.load import load_sae
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from guard.redteam.forward import Edit
-    from guard.redteam.held import Held
 
 ORGANISM = Path(__file__).parent / "organism"
 """The folder that ships: model/, saes/, policy.yaml, prompts.json, numbers.json."""
@@ -130,23 +129,7 @@ def policy_edit(folder: Path, *, policy: str = "default") -> Edit | None:
     policies = load_policy(folder / "policy.yaml")
     if not policies.policies[policy].clamps:
         return None
-    return policy_clamp(load_held(folder, policy=policy))
-
-
-def load_held(folder: Path, *, policy: str = "default") -> tuple[Held, ...]:
-    """Load what a policy of the folder clamps, layer by layer.
-
-    Raises:
-        CertificateError: As `held_layers` does.
-    """
-    policies = load_policy(folder / "policy.yaml")
-    used = {rule.sae for rule in policies.policies[policy].clamps}
-    saes = {
-        name: load_sae(source.path, format=source.format, sha256=source.sha256)
-        for name, source in policies.saes.items()
-        if name in used
-    }
-    return held_layers(policies, policy, saes)
+    return policy_clamp(held_layers(policies, policy, load_saes(policies)))
 
 
 def _answer_all(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from guard.check import load_saes
 from guard.demo.dialogue import MAX_ANSWER_TOKENS
 from guard.demo.grammar import Kind, prompts
-from guard.demo.measure import load_held, load_model
+from guard.demo.measure import load_model
 from guard.demo.tokenizer import encode_prompt
 from guard.policy import load_policy
-from guard.redteam.held import policy_clamp, unseen_later
+from guard.redteam.held import held_layers, policy_clamp, unseen_later
 from guard.redteam.projection import null_space
 from guard.redteam.target import Dialogue, Target, mean_norm
 
@@ -34,7 +35,7 @@ def load_target(folder: Path) -> tuple[Target, PreTrainedTokenizerFast]:
     """
     model, tokenizer = load_model(folder)
     policies = load_policy(folder / "policy.yaml")
-    held = load_held(folder, policy=policies.default_policy)
+    held = held_layers(policies, policies.default_policy, load_saes(policies))
     clamp = policy_clamp(held)
     benign = [
         encode_prompt(tokenizer, prompt.text)

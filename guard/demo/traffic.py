@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from guard.calibration import Calibration, save_calibration
-from guard.check import digest_model
+from guard.check import digest_model, load_saes
 from guard.command.probe import FOLDS, list_probes, load_probes, train_all
 from guard.demo.dialogue import answers
 from guard.demo.grammar import (
@@ -34,7 +34,6 @@ from guard.probe import ProbeRecipe
 from guard.prompt import Prompt
 from guard.recording import Reader, Recording
 from guard.redteam.forward import pad_left, record
-from guard.sae.load import load_sae
 from guard.traffic import Plan, calibrate
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OrganismRecorder",
+    "attacked_prompts",
     "build_reader",
     "calibrate_organism",
     "certified_prompts",
@@ -126,13 +126,9 @@ def recombined_prompts(
     ]
 
 
-def certified_prompts() -> list[Prompt]:
-    """Draw what a certificate of the organism is about, all of unseen topics.
-
-    Jailbroken requests with the answers that the clamp suppresses, label 1, and
-    ordinary ones, label 0 where they are harmless.
-    """
-    attacked = [
+def attacked_prompts(count: int, *, seed: int, split: Split) -> list[Prompt]:
+    """Draw jailbroken requests with the answers that the clamp suppresses."""
+    return [
         Prompt(
             prompt=p.text,
             response=p.topic.answer,
@@ -140,8 +136,17 @@ def certified_prompts() -> list[Prompt]:
             group=p.topic.name,
             max_tokens=20,
         )
-        for p in prompts("hj", ATTACKED, seed=CERTIFIED_SEED, splits=("heldout",))
+        for p in prompts("hj", count, seed=seed, splits=(split,))
     ]
+
+
+def certified_prompts() -> list[Prompt]:
+    """Draw what a certificate of the organism is about, all of unseen topics.
+
+    Jailbroken requests with the answers that the clamp suppresses, label 1, and
+    ordinary ones, label 0 where they are harmless.
+    """
+    attacked = attacked_prompts(ATTACKED, seed=CERTIFIED_SEED, split="heldout")
     drawn = benign_prompts(ORDINARY, seed=CERTIFIED_SEED, splits=("heldout",))
     ordinary = [
         Prompt(
@@ -203,11 +208,7 @@ class OrganismRecorder:
 def build_reader(folder: Path, name: str = "default") -> tuple[PolicyFile, Reader]:
     """Return a folder's policy file, and what reads for the monitors of a policy."""
     policy_file = load_policy(folder / "policy.yaml")
-    saes = {
-        key: load_sae(source.path, format=source.format, sha256=source.sha256)
-        for key, source in policy_file.saes.items()
-    }
-    return policy_file, Reader(policy_file, name, saes)
+    return policy_file, Reader(policy_file, name, load_saes(policy_file))
 
 
 def train_organism_probes(

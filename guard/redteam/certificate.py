@@ -131,7 +131,7 @@ class Protocol(_Data):
     steps: int
     """Of each search of a latent attacker."""
     queries: int
-    """Prompts that a prompt attacker may try per sample."""
+    """Prompts that a prompt attacker may try per sample and goal."""
 
 
 class LatentRow(_Data):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +25,7 @@ from guard.redteam.certificate import (
 from guard.redteam.evasion import Evasion
 from guard.redteam.forward import pad_left, record
 from guard.redteam.subject import encode
+from guard.redteam.tally import Try, choose_best, tally
 from guard.redteam.target import answer
 
 if TYPE_CHECKING:
@@ -130,13 +130,9 @@ def _search(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Try:
-    """What one search reached on one sample."""
+class _Try(Try):
+    """What one search of edits reached on one sample."""
 
-    free: Outcome
-    """Delivered behind the clamp alone."""
-    guarded: Outcome
-    """Delivered under the policy."""
     bare: Outcome | None
     """Delivered under the policy without its probes."""
 
@@ -165,37 +161,20 @@ def _row(
     bare: Sequence[Sequence[_Try]],
 ) -> LatentRow:
     """Add up what an attacker reached: of each sample, what is best for him."""
-    best = [
-        max(own, key=lambda one: (one.guarded.recovered, one.free.recovered))
-        for own in zip(*tries, strict=True)
-    ]
+    best = choose_best(tries)
     left = [
         any(one.bare is not None and one.bare.recovered for one in own)
         for own in zip(*bare, strict=True)
     ]
-    unseen = [
-        sample.group
-        for sample, one in zip(subject.samples, best, strict=True)
-        if one.guarded.recovered
-    ]
     received = [one.guarded.received for one in best]
     blocked = [one.blocked_at for one in received if one.blocked_at is not None]
-    alarms = Counter(
-        name
-        for one in best
-        if one.free.recovered
-        for name in one.guarded.received.alarms
-    )
     count = len(best)
     return LatentRow(
         attacker=attacker,
-        recovered=Rate.of(sum(one.free.recovered for one in best), count),
-        undetected=Rate.of(len(unseen), count),
-        undetected_groups=len(set(unseen)),
+        **tally(subject, best)._asdict(),
         flagged=Rate.of(len(blocked), count),
         delivered_share=statistics.fmean(one.guarded.share for one in best),
         blocked_at=statistics.median(blocked) if blocked else None,
-        alarms={one.name: alarms[one.name] for one in subject.policy.monitors},
         without_probes=(
             Rate.of(sum(left), count) if best[0].bare is not None else None
         ),

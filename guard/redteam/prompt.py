@@ -7,16 +7,18 @@ then sent to a running server as a client would.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from guard.errors import CertificateError
-from guard.redteam.certificate import Attacker, PromptRow, Rate, Search, Served
+from guard.redteam.certificate import Attacker, PromptRow, Search, Served
 from guard.redteam.evasion import Evasion
 from guard.redteam.objective import Template
 from guard.redteam.reply import deliver, write_message
 from guard.redteam.soft import SoftConfig, attack_embeddings, record_soft
 from guard.redteam.subject import encode
 from guard.redteam.suffix import SuffixConfig, attack_prompts
+from guard.redteam.tally import Try, choose_best, tally
 from guard.redteam.target import Dialogue, answer
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from guard.client import Client
     from guard.recording import Recording
     from guard.redteam.evasion import Penalty
-    from guard.redteam.judge import Outcome
     from guard.redteam.subject import Subject
 
 __all__ = ["ATTACKERS", "run_prompts", "serve_prompts"]
@@ -77,40 +78,20 @@ def run_prompts(
         _judge(subject, find(subject, goal, penalty, queries, seed, on_sample))
         for goal in goals
     ]
-    best = [
-        max(own, key=lambda one: (one.guarded.recovered, one.free.recovered))
-        for own in zip(*tries, strict=True)
-    ]
-    unseen = [
-        sample.group
-        for sample, one in zip(subject.samples, best, strict=True)
-        if one.guarded.recovered
-    ]
-    alarms = Counter(
-        name
-        for one in best
-        if one.free.recovered
-        for name in one.guarded.received.alarms
-    )
+    best = choose_best(tries)
     return PromptRow(
         search=search,
         attacker=attacker,
         queries=queries * len(goals) if search == "suffix" else 0,
-        recovered=Rate.of(sum(one.free.recovered for one in best), len(best)),
-        undetected=Rate.of(len(unseen), len(best)),
-        undetected_groups=len(set(unseen)),
-        alarms={one.name: alarms[one.name] for one in subject.policy.monitors},
+        **tally(subject, best)._asdict(),
         prompts=tuple(one.message for one in best if one.message is not None),
     )
 
 
-class _Try(NamedTuple):
-    """What one search reached on one sample."""
+@dataclass(frozen=True, slots=True)
+class _Try(Try):
+    """What one search of words or vectors reached on one sample."""
 
-    free: Outcome
-    """Delivered behind the clamp alone."""
-    guarded: Outcome
-    """Delivered under the policy."""
     message: str | None
     """What was written, if it can be."""
 

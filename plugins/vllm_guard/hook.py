@@ -221,7 +221,7 @@ def _is_rows(half: Any) -> bool:
 
 
 def _hook_layer(layer: nn.Module, index: int) -> None:
-    """Let a layer's output pass through the guard, in a way the compiler can trace."""
+    """Let a layer's output pass through the guard."""
     plain = type(layer)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +230,7 @@ def _hook_layer(layer: nn.Module, index: int) -> None:
         ops.call_guard(hidden_states, residual, index)
         return output
 
-    layer.__class__ = type(f"Guarded{plain.__name__}", (plain,), {"forward": forward})
+    _replace_forward(layer, forward)
 
 
 def _hook_input(layer: nn.Module, index: int) -> None:
@@ -255,6 +255,12 @@ def _hook_input(layer: nn.Module, index: int) -> None:
         ops.call_guard(embedded, None, index)
         return plain.forward(self, *args, **kwargs)
 
+    _replace_forward(layer, forward)
+
+
+def _replace_forward(layer: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give one layer a `forward` of its own, which the compiler can trace."""
+    plain = type(layer)
     layer.__class__ = type(f"Guarded{plain.__name__}", (plain,), {"forward": forward})
 
 

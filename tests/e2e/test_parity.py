@@ -107,8 +107,9 @@ def refer(
     layers = model.model.layers
     handles = [layers[layer].register_forward_hook(hook)]
     for at in reader.hook_points:  # behind the clamp's own hook
-        place = layers[HookPoint.parse(at).layer]
-        handles.append(place.register_forward_hook(keep(at)))
+        place = HookPoint.parse(at).layer
+        module = model.model.embed_tokens if place < 0 else layers[place]
+        handles.append(module.register_forward_hook(keep(at)))
     found = [
         _refer_one(model, ids, tokenizer.eos_token_id, reader, seen)
         for ids in prompt_ids

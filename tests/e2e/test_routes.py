@@ -19,7 +19,7 @@ OUTCOMES = {
     "refused": "refused, 400: text, scores or vectors of the model in another shape, "
     "or a change of the model",
     "private": "passed on, to whoever has a key of the server if it checks keys; "
-    "drills to the administrator alone",
+    "drills and reloads to the administrator alone",
     "passed": "passed on: the model does not run for it",
 }
 ANY_BODY = {

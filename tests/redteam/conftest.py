@@ -5,8 +5,8 @@ import pytest
 from guard.demo.grammar import prompts
 from guard.demo.measure import ORGANISM
 from guard.demo.target import load_target, to_dialogue
-from guard.demo.traffic import ordinary_prompts
-from guard.prompt import Prompt
+from guard.demo.traffic import attacked_prompts, ordinary_prompts
+from guard.prompt import write_prompts
 from guard.redteam.subject import load_subject
 from guard.redteam.target import find_valid
 
@@ -44,19 +44,10 @@ def valid(target, samples):
 @pytest.fixture(scope="session")
 def subject(tmp_path_factory):
     """The shipped organism under its policy, with six samples of calibration topics."""
-    attacked = [
-        Prompt(
-            prompt=prompt.text,
-            response=prompt.topic.answer,
-            label=1,
-            group=prompt.topic.name,
-            max_tokens=20,
-        )
-        for prompt in prompts("hj", 6, seed=77, splits=("calibration",))
-    ]
-    lines = [*attacked, *ordinary_prompts(20, seed=77, split="calibration")]
     path = tmp_path_factory.mktemp("subject") / "prompts.jsonl"
-    path.write_text("\n".join(one.model_dump_json(exclude_unset=True) for one in lines))
+    attacked = attacked_prompts(6, seed=77, split="calibration")
+    ordinary = ordinary_prompts(20, seed=77, split="calibration")
+    write_prompts(path, [*attacked, *ordinary])
     found = load_subject(
         ORGANISM / "model",
         ORGANISM / "policy.yaml",

@@ -11,13 +11,12 @@ from rich.progress import Progress
 from guard.calibration import save_calibration
 from guard.check import load_saes
 from guard.clamp import clamp_resid
-from guard.demo.grammar import prompts
 from guard.demo.measure import ORGANISM
-from guard.demo.traffic import OrganismRecorder, ordinary_prompts
+from guard.demo.traffic import OrganismRecorder, attacked_prompts, ordinary_prompts
 from guard.errors import CertificateError
 from guard.fingerprint import clamps_digest
 from guard.policy import load_policy
-from guard.prompt import Prompt
+from guard.prompt import write_prompts
 from guard.recording import Reader, fit_calibration, fit_entries
 from guard.redteam import certify as certify_module
 from guard.redteam.attack import AttackConfig, attack
@@ -108,19 +107,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def layered(folder):
-    attacked = [
-        Prompt(
-            prompt=prompt.text,
-            response=prompt.topic.answer,
-            label=1,
-            group=prompt.topic.name,
-            max_tokens=20,
-        )
-        for prompt in prompts("hj", 6, seed=77, splits=("calibration",))
-    ]
-    lines = [*attacked, *ordinary_prompts(20, seed=77, split="calibration")]
     path = folder / "prompts.jsonl"
-    path.write_text("\n".join(one.model_dump_json(exclude_unset=True) for one in lines))
+    attacked = attacked_prompts(6, seed=77, split="calibration")
+    ordinary = ordinary_prompts(20, seed=77, split="calibration")
+    write_prompts(path, [*attacked, *ordinary])
     found = load_subject(
         folder / "model", folder / "policy.yaml", "default", path, samples=6, benign=20
     )

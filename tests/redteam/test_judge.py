@@ -4,6 +4,7 @@ import pytest
 import torch
 from specimens import make_monitor
 
+from guard.hook import HookPoint
 from guard.redteam.evasion import Evasion, peak
 from guard.redteam.forward import Batch, pad_left
 from guard.redteam.judge import Judge, Received, common_share
@@ -112,7 +113,7 @@ def test_an_attacker_pays_where_an_alarm_would_be_and_the_gradient_reaches_him(s
     for layer in evasion.layers:
         resid = torch.zeros(*batch.tokens.shape, 128)
         for row, run in enumerate(runs):
-            resid[row][batch.rows[row]] = run.resid[f"layers.{layer}.resid_post"]
+            resid[row][batch.rows[row]] = run.resid[str(HookPoint(layer))]
         found[layer] = resid.requires_grad_()
     paid = evasion(found, batch, behind)
     blocked = [
