@@ -75,7 +75,7 @@ def explaining(path: Path, *, kind: str, command: str) -> Iterator[None]:
         SafetensorError,
         AttributeError,
         KeyError,
-        RuntimeError,  # a tensor of a kind that torch cannot compute with; deep JSON
+        RecursionError,
         TypeError,
         ValueError,
         OSError,

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 UNLISTED = {".gitignore", "__init__.py", "__main__.py", "py.typed"}
 """Names that say nothing a reader of the tree would look for."""
 
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/threat-model.md"]
 LISTED_WHOLE = (".", ".ci", "guard", "plugins", "plugins/vllm_guard")
 """Folders of which the README names every entry."""
 
@@ -99,7 +100,9 @@ def test_a_file_that_the_tree_leaves_out_is_noticed(tmp_path: Path) -> None:
     assert entries_on_disk(files, "guard") - tree["guard"] == {"monitor.py"}
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/threat-model.md"]
+)
 def test_every_make_target_that_a_page_names_exists(page: str) -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"(?:^|`)make ([a-z]\w*)", (ROOT / page).read_text(), re.M))
@@ -107,11 +110,15 @@ def test_every_make_target_that_a_page_names_exists(page: str) -> None:
     assert named <= targets
 
 
-def test_every_test_that_contributing_names_exists() -> None:
-    page = (ROOT / "CONTRIBUTING.md").read_text()
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/threat-model.md"])
+def test_every_test_that_a_page_names_exists(name: str) -> None:
+    page = (ROOT / name).read_text()
     named = re.findall(r"(test_\w+\.py)(?:::(\w+))?", page)
     assert len(named) > 20
-    sources = {path.name: path.read_text() for path in ROOT.glob("tests/**/test_*.py")}
+    sources: dict[str, str] = {}
+    for path in ROOT.glob("tests/**/test_*.py"):
+        # Some names stand in two folders.
+        sources[path.name] = sources.get(path.name, "") + path.read_text()
     missing = [
         f"{file}::{name}"
         for file, name in named
@@ -120,10 +127,12 @@ def test_every_test_that_contributing_names_exists() -> None:
     assert missing == []
 
 
-def test_every_link_into_the_repository_leads_somewhere(readme: str) -> None:
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", readme)
+@pytest.mark.parametrize("name", ["README.md", "docs/threat-model.md"])
+def test_every_link_into_the_repository_leads_somewhere(name: str) -> None:
+    page = ROOT / name
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_the_policy_in_the_readme_is_a_valid_one(readme: str, tmp_path: Path) -> None:

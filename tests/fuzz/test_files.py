@@ -12,7 +12,15 @@ import pytest
 import torch
 import yaml
 from fuzz.limits import attempt, fuzz
-from fuzz.mutation import changed, changed_safetensors, damaged, write_json
+from fuzz.mutation import (
+    changed,
+    changed_safetensors,
+    damaged,
+    describe,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from redteam.paper import make_certificate
@@ -226,6 +234,28 @@ def test_what_is_no_file_is_refused_and_not_waited_for(kind: Kind) -> None:
         kind.path.rmdir() if kind.path.is_dir() else kind.path.unlink(missing_ok=True)
         become()
         assert attempt(kind.parse) is not None
+
+
+@pytest.mark.parametrize("name", ["calibration", "probe", "drill"])
+@pytest.mark.parametrize("depth", [900, 2_000, 100_000])
+def test_a_note_that_nests_without_end_is_refused(
+    tmp_path: Path, name: str, depth: int
+) -> None:
+    kind = KINDS[name](tmp_path)
+    tensors, _ = read_safetensors(kind.path.read_bytes())
+    note = {"guard": '{"format": ' + "[" * depth + "]" * depth + "}"}
+    kind.path.write_bytes(write_safetensors(describe(tensors, note), tensors))
+    assert attempt(kind.parse) is not None
+
+
+@pytest.mark.parametrize("depth", [*range(100, 1100, 50), 2_000, 100_000])
+def test_a_certificate_that_nests_without_end_is_refused_or_hashed(
+    tmp_path: Path, depth: int
+) -> None:
+    kind = make_attestation(tmp_path)
+    text = kind.path.read_text().removesuffix("}")
+    kind.path.write_text(f'{text}, "more": {"[" * depth}{"]" * depth}}}')
+    assert attempt(kind.parse) is not None
 
 
 class Canary:
