@@ -25,6 +25,7 @@ __all__ = [
     "ProbeRecipe",
     "auroc",
     "judge_probe",
+    "largest_sum",
     "load_probe",
     "save_probe",
     "tpr_at_fpr",
@@ -149,7 +150,7 @@ def _descend(
         if drift is None:
             odds = odds[:, 0]
         else:
-            odds = _largest_sum(functional.softplus(odds), mask[chosen], drift) - bar
+            odds = largest_sum(functional.softplus(odds), mask[chosen], drift) - bar
         loss = functional.binary_cross_entropy_with_logits(
             odds, labels[chosen], weight=weights[chosen]
         )
@@ -160,8 +161,17 @@ def _descend(
     return parameters
 
 
-def _largest_sum(scores: Tensor, mask: Tensor, drift: float) -> Tensor:
-    """Return the CUSUM's maximum of each request, as a `Watch` has it, `[num]`."""
+def largest_sum(scores: Tensor, mask: Tensor, drift: float) -> Tensor:
+    """Return the CUSUM's maximum of each request, as a `Watch` has it, with a gradient.
+
+    Args:
+        scores: `[num_requests, num_tokens]`.
+        mask: Which of them are scored, `[num_requests, num_tokens]`.
+        drift: Taken off each.
+
+    Returns:
+        `[num_requests]`.
+    """
     total = scores.new_zeros(len(scores))
     largest = total
     for column, known in zip(scores.unbind(1), mask.unbind(1), strict=True):

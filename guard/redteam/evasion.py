@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from guard.hook import HookPoint
+from guard.probe import largest_sum
 from guard.watch import stage_rows
 
 if TYPE_CHECKING:
@@ -128,12 +129,8 @@ def peak(scores: Tensor, monitor: Monitor, *, prompt_length: int) -> Tensor:
     if not len(scores):
         return scores.new_tensor(-torch.inf)
     if monitor.drift is not None:
-        total = scores.new_zeros(())
-        totals = []
-        for score in scores.unbind():
-            total = (total + score - monitor.drift).relu()
-            totals.append(total)
-        return torch.stack(totals).amax()
+        every = torch.ones(1, len(scores), dtype=torch.bool)
+        return largest_sum(scores[None], every, monitor.drift)[0]
     if monitor.window > 1:
         sums = torch.cat([scores.new_zeros(1), scores.cumsum(0)])
         end = torch.arange(1, len(scores) + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ __all__ = ["find_free_port", "run_server", "wait_until_ready"]
 _START_SECONDS = 600
 _ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 _END_SECONDS = 20
+_STANDING_PORTS = range(16_384, 32_768)
+"""Below those that Linux gives to connections by itself."""
 
 
 @contextlib.contextmanager
@@ -70,10 +73,12 @@ def run_server(
 
 
 def find_free_port() -> int:
-    """Return a port nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody has, nor is given before the server binds it."""
+    while True:
+        port = secrets.choice(_STANDING_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

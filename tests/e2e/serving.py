@@ -3,9 +3,7 @@
 import contextlib
 import json
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +23,7 @@ from guard.check import digest_model
 from guard.fingerprint import clamps_digest
 from guard.policy import load_policy
 from guard.recording import fit_calibration
+from guard.redteam.server import find_free_port
 from guard.sae.load import load_sae, weights_digest
 from guard.sae.model import Sae
 from guard.score import SCORES, Activations
@@ -32,8 +31,6 @@ from guard.testing import make_toy_model, save_toy_sae
 
 HOOK_POINT = "layers.1.resid_post"
 START_SECONDS = 420
-STANDING_PORTS = range(16_384, 32_768)
-"""Below those that Linux gives to connections by itself."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +244,7 @@ def launch(
     folder: Path,
     environment: Mapping[str, str],
 ) -> Server:
-    port = free_port()
+    port = find_free_port()
     log = folder / "log"
     command = guard_command(
         *("serve", str(model), "--policy", str(policy), "--port", str(port)),
@@ -300,15 +297,6 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
-
-
-def free_port() -> int:
-    """Return a port that nobody has, nor is given before the server binds it."""
-    while True:
-        port = secrets.choice(STANDING_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 TOY_POLICIES = """\

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.serving import Server, free_port, stop
+from e2e.serving import Server, stop
+
+from guard.redteam.server import find_free_port
 
 SECONDS = 60
 
@@ -44,7 +46,7 @@ def query(
         "scrape_configs:\n"
         f"  - {{job_name: guard, static_configs: [{{targets: ['{target}']}}]}}\n"
     )
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{find_free_port()}"
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             [
