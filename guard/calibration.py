@@ -5,7 +5,8 @@ statistics of each score) and by the engine core (the thresholds).
 
 Thresholds are split-conformal and joint. Each request gives one row of maxima, a number
 per monitor; a monitor's threshold is one of its own largest, so that odd traffic which
-one of them cannot read lifts no other's. That any of them alarms on a benign request is
+one of them cannot read lifts no other's, or, where those are too few for the promise, as
+far out in its tail as the others'. That any of them alarms on a benign request is
 bounded, whatever their correlation, and nothing is given away where they alarm
 together.
 """
@@ -101,8 +102,11 @@ class Calibration:
         1) (Vovk et al., "Algorithmic Learning in a Random World", 2005). The ranks are
         in the proportion of the targets, and as large as they can be while no more than
         (n + 1) * target requests reach any threshold. That any is exceeded has then a
-        probability of at most the target; of m monitors, plus (m - 1) / (n + 1), which
-        no draw of ours came near.
+        probability of at most the target; of m monitors, plus (m - 1) / (n + 1).
+
+        Where that many requests reach even the largest of each, one rank is taken of
+        the largest of all monitors, each in units of its tail, and the probability is
+        at most the target.
 
         Args:
             total_length: Most tokens the request can have, prompt and output.
@@ -134,17 +138,24 @@ class Calibration:
                 f"{', '.join(targets)}; expected longer answers in more of them."
             )
             raise CalibrationError(message)
-        found = _fit_thresholds(maxima, list(targets.values()), most)
+        shares = list(targets.values())
+        found = _fit_ranks(maxima, shares, most)
+        if found is None:
+            tails = self.scales[bucket].double()[columns]
+            found = _fit_tails(maxima, shares, most, tails)
         return dict(zip(targets, found.tolist(), strict=True))
 
 
-def _fit_thresholds(maxima: Tensor, shares: Sequence[Fraction], most: int) -> Tensor:
-    """Return the lowest thresholds that at most so many requests reach.
+def _fit_ranks(maxima: Tensor, shares: Sequence[Fraction], most: int) -> Tensor | None:
+    """Return the lowest of each monitor's maxima that at most so many requests reach.
 
     Args:
         maxima: Of held-out requests, `[num_requests, num_monitors]`.
         shares: Of each monitor, its part of the false alarms.
         most: How many requests may be at or above any of their thresholds.
+
+    Returns:
+        `[num_monitors]`; None where more reach even the largest of each.
     """
     ordered = maxima.sort(dim=0, descending=True).values
     known = maxima.isfinite().sum(0).tolist()
@@ -164,7 +175,29 @@ def _fit_thresholds(maxima: Tensor, shares: Sequence[Fraction], most: int) -> Te
     # Between two of these scales no rank changes.
     scales = sorted({rank / share for share in shares for rank in range(1, most + 1)})
     too_large = bisect.bisect_left(scales, True, key=lambda scale: not fits(scale))
-    return bars(scales[max(too_large - 1, 0)])
+    return bars(scales[too_large - 1]) if too_large else None
+
+
+def _fit_tails(
+    maxima: Tensor, shares: Sequence[Fraction], most: int, tails: Tensor
+) -> Tensor:
+    """Return thresholds as far out in each monitor's tail as its share asks for.
+
+    Args:
+        maxima: As for `_fit_ranks`, like the next two.
+        shares: Of each monitor.
+        most: One more exchangeable request exceeds any threshold with a probability of
+            at most this number over `num_requests + 1`.
+        tails: Level and spread of each, of other requests, `[num_monitors, 2]`; that
+            of `level + spread * x` taken to be in proportion to exp(-x).
+    """
+    level, spread = tails.unbind(1)
+    offset = torch.tensor([math.log(share) for share in shares]).double()
+    largest = ((maxima - level) / spread + offset).amax(1)
+    bar = largest.sort(descending=True).values[most - 1]
+    # Not below what is under the bar, by a rounding.
+    admitted = maxima[largest <= bar].amax(0)
+    return (level + spread * (bar - offset)).maximum(admitted)
 
 
 def share_budgets(policy: Policy) -> dict[tuple[str, OnAlarm], dict[str, Fraction]]:

@@ -385,6 +385,16 @@ def test_the_promise_holds_over_many_small_calibrations() -> None:
     assert alarms <= allowed
 
 
+def test_a_target_too_small_for_the_largest_of_each_monitor_is_kept() -> None:
+    """One request of 20 may alarm, and each of 4 monitors has a largest of its own."""
+    alarms = 0
+    for seed in range(600):
+        maxima = draw_tails(20, 4, seed=seed, common=0.0)
+        targets = share("0.0125", "0.0125", "0.0125", "0.0125")
+        alarms += over(make_joint(maxima[1:]), targets, maxima[0])
+    assert 15 <= alarms <= 30  # of the 30 that one in 20 is
+
+
 def test_odd_traffic_that_one_monitor_cannot_read_lifts_no_other() -> None:
     maxima = draw_tails(400, 2, seed=0, common=0.0)
     usual = make_joint(maxima).thresholds(1, targets=share("0.02", "0.02"))
