@@ -5,9 +5,9 @@ statistics of each score) and by the engine core (the thresholds).
 
 Thresholds are split-conformal and joint. Each request gives one row of maxima, a number
 per monitor; a monitor's threshold is one of its own largest, so that odd traffic which
-one of them cannot read lifts no other's, or, where those are too few for the promise, as
-far out in its tail as the others'. That any of them alarms on a benign request is
-bounded, whatever their correlation, and nothing is given away where they alarm
+one of them cannot read lifts no other's; or, where those are too few for the promise,
+as far out in its tail as the others' are. That any of them alarms on a benign request
+is bounded, whatever their correlation, and nothing is given away where they alarm
 together.
 """
 
