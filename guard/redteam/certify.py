@@ -7,8 +7,10 @@ the subject and its own arguments: `verify` runs some of them again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import multiprocessing
 import random
 import shutil
 import time
@@ -18,6 +20,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, TypeAdapter
+from rich.progress import Progress
 
 from guard.certificate import certificate_id
 from guard.errors import CertificateError
@@ -48,8 +51,6 @@ from guard.redteam.subject import check_model
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
-
-    from rich.progress import Progress
 
     from guard.client import Client
     from guard.redteam.certificate import Search
@@ -191,7 +192,8 @@ def certify(
         check_server(client, certified)
     key = certified.policy_fingerprint + certified.prompts_digest
     store = _Store(work, key + certified.model_digest)
-    cells = tuple(_run_cells(subject, plan, seed, store, progress))
+    with _beside(lambda: list(_run_prompts(subject, plan, seed, store, Progress()))):
+        cells = tuple(_run_cells(subject, plan, seed, store, progress))
     prompts = tuple(_run_prompts(subject, plan, seed, store, progress))
     if client is not None:
         prompts = tuple(_serve(subject, client, prompts, seed, store, progress))
@@ -232,6 +234,27 @@ def certify(
     store.clear()
     progress.update(task, completed=1)
     return certificate.model_copy(update={"id": certificate_id(content)})
+
+
+@contextlib.contextmanager
+def _beside(make_parts: Callable[[], object]) -> Iterator[None]:
+    """Make parts in a process of its own, and wait for it at the end.
+
+    What it does not finish, or fails at, is left to whoever looks for these parts.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            make_parts()
+
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+    process.start()
+    try:
+        yield
+        process.join()
+    finally:
+        process.terminate()
+        process.join()
 
 
 def _describe(subject: Subject) -> Certified:
