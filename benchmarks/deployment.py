@@ -36,6 +36,8 @@ __all__ = ["STRANGER", "Deployment", "make_organism", "make_toy"]
 
 STRANGER = "sk-of-nobody"
 """A key of the server, and no tenant's."""
+_SERVER = ("--block-size", "32", "--enforce-eager")
+"""Small blocks, for prefixes are short; not compiled, which counts the same."""
 _HOOK_POINT = "layers.1.resid_post"
 _BENIGN = 150
 """Requests that the toy's thresholds are calibrated on, and as many for statistics."""
@@ -77,7 +79,7 @@ def make_organism(folder: Path) -> Deployment:
         policies=Policies(path, push),
         options=(
             *OPTIONS,
-            *("--block-size", "32", "--num-gpu-blocks-override", "28"),
+            *("--num-gpu-blocks-override", "28", *_SERVER),
             *("--api-key", *keys),
         ),
         keys=keys,
@@ -115,8 +117,8 @@ def make_toy(folder: Path) -> Deployment:
         options=(
             *("--served-model-name", "random", "--dtype", "float32"),
             *("--max-model-len", str(_MAX_LENGTH), "--max-num-seqs", "16"),
-            *("--max-num-batched-tokens", "256", "--block-size", "32"),
-            *("--num-gpu-blocks-override", "80", "--api-key", *keys),
+            *("--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "80"),
+            *(*_SERVER, "--api-key", *keys),
         ),
         keys=keys,
         drills=("last",),

@@ -300,6 +300,24 @@ async def test_an_answer_in_an_unknown_shape_is_not_given(client, server, reply)
     assert "secret" not in response.text
 
 
+async def test_an_answer_above_the_limit_is_not_given(client, server, monkeypatch):
+    whole = len((await ask(client)).content)
+    sent = []
+
+    async def pieces():
+        body = json.dumps({"choices": [], "secret": "s" * whole}).encode()
+        for start in range(0, len(body), 10):
+            sent.append(body[start : start + 10])
+            yield sent[-1]
+
+    monkeypatch.setattr("guard.http.responder.MAX_ANSWER_BYTES", whole)
+    server.reply = StreamingResponse(pieces(), media_type="application/json")
+    response = await ask(client)
+    assert read_error(response, 500)["message"] == NO_VERDICT
+    # What the application goes on to say is not put together any more.
+    assert sum(map(len, sent)) <= whole + 20
+
+
 async def test_an_error_of_the_server_is_passed_on_with_the_guards_headers(
     client, server
 ):
