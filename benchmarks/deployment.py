@@ -141,7 +141,7 @@ def _toy_policies(digest: str) -> dict[str, Any]:
     def watch(policy: str, action: str) -> dict[str, Any]:
         calibration = f"calib/{policy}.safetensors"
         monitor = {"name": "recovery", "sae": "s", "score": "density"}
-        more = {"calibration": calibration, "target_fpr": 0.05, "on_alarm": action}
+        more = {"calibration": calibration, "target_fpr": 0.2, "on_alarm": action}
         return monitor | more
 
     policies = {
@@ -179,7 +179,7 @@ def _lift(body: dict[str, Any]) -> None:
     clamp = {"name": "push", "sae": "s", "latents": [5, 9], "law": "set", "value": 25.0}
     body["policies"]["open"]["clamps"] = [clamp]
     body["policies"]["strict"]["hold_tokens"] = 1
-    body["policies"]["default"]["monitors"][0]["target_fpr"] = 0.1
+    body["policies"]["default"]["monitors"][0]["target_fpr"] = 0.3
 
 
 def _add_tenants(

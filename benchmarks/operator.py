@@ -51,6 +51,12 @@ class Policies:
             self._change(body)
         return yaml.safe_dump(body, sort_keys=False)
 
+    def new(self, number: int) -> str:
+        """Return a good file that is like none before it, for numbers up to 1,024."""
+        body = yaml.safe_load(self._plain)
+        body["policies"]["default"]["hold_tokens"] = number
+        return yaml.safe_dump(body, sort_keys=False)
+
     def bad(self, number: int) -> str | None:
         """Return one of several files that cannot be served."""
         body = yaml.safe_load(self._plain)

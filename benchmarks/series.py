@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.operator import Memory
 
-__all__ = ["Sample", "Slope", "describe_memory", "fit_slope"]
+__all__ = ["Sample", "Slope", "describe_memory", "describe_reloads", "fit_slope"]
 
 WARM = 0.2
 """Share of the samples before the first that counts: what is filled once has been."""
@@ -64,11 +64,11 @@ def describe_memory(samples: Sequence[Sample]) -> dict[str, Any]:
     """Return what a results file says of memory, in MB.
 
     `rss_start_mb` and `rss_end_mb` add up all processes, after warm-up and at the end.
-    The slope is that of the second half, per 100,000 tokens.
+    The slope is that of the second half, per minute.
     """
     first = samples[int(WARM * (len(samples) - 1))]
     last, half = samples[-1], samples[len(samples) // 2 :]
-    slope = fit_slope([(s.tokens / 1e5, sum(s.memory.rss.values())) for s in half])
+    slope = fit_slope([(s.seconds / 60, sum(s.memory.rss.values())) for s in half])
     shown = samples[:: max(len(samples) // _ROWS, 1)]
     return {
         "rss_start_mb": round(sum(first.memory.rss.values()), 1),
@@ -78,9 +78,25 @@ def describe_memory(samples: Sequence[Sample]) -> dict[str, Any]:
         "pss_end_mb": last.memory.pss,
         "processes_start_mb": first.memory.rss,
         "processes_end_mb": last.memory.rss,
-        "slope_second_half_mb_per_100k_tokens": slope and [round(x, 2) for x in slope],
+        "slope_second_half_mb_per_minute": slope and [round(x, 2) for x in slope],
         "samples": [
             [round(s.seconds), s.tokens, round(sum(s.memory.rss.values()), 1)]
             for s in shown
         ],
+    }
+
+
+def describe_reloads(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Return what a results file says of a series of reloads.
+
+    Args:
+        points: Hundreds of reloads, and the RSS of all processes in MB after each.
+    """
+    half = points[len(points) // 2 :]
+    slope = fit_slope(half)
+    marks = points[:: max(len(points) // PIECES, 1)]
+    return {
+        "reloads": len(points),
+        "rss_mb": [round(value, 1) for _, value in [*marks, *points[-1:]]],
+        "slope_second_half_mb_per_100": slope and [round(x, 2) for x in slope],
     }

@@ -25,7 +25,7 @@ from rich.console import Console
 from benchmarks.crowd import KINDS, Crowd
 from benchmarks.deployment import STRANGER, Deployment, make_organism, make_toy
 from benchmarks.operator import TOKEN, Operator, total
-from benchmarks.series import Sample, describe_memory
+from benchmarks.series import Sample, describe_memory, describe_reloads
 from benchmarks.steps import StepRecord
 from guard.provenance import ROOT, describe_run
 from guard.redteam.server import find_free_port, run_server, wait_until_ready
@@ -79,6 +79,17 @@ class Soak:
             status, _ = self.operator.reload()
             self.reloads[f"{'bad' if is_bad else 'good'} {status}"] += 1
 
+    def reload_alone(self, reloads: int) -> dict[str, Any]:
+        """Reload new files while nobody asks anything; return what memory did."""
+        points = []
+        for number in range(1, reloads + 1):
+            self.deployment.policies.write(self.deployment.policies.new(number))
+            status, _ = self.operator.reload()
+            self.reloads[f"good {status}"] += 1
+            memory = self.operator.read_memory()
+            points.append((number / 100, sum(memory.rss.values())))
+        return describe_reloads(points)
+
     def count(self) -> dict[str, Any]:
         """Return all that must add up, once nobody asks any more."""
         self.operator.wait_until_idle()
@@ -126,6 +137,7 @@ def soak(
     folder: Path,
     *,
     tokens: int,
+    reloads: int = 0,
     seed: int = 0,
     clients: int = CLIENTS,
 ) -> dict[str, Any]:
@@ -135,6 +147,7 @@ def soak(
         deployment: What is served.
         folder: For the server's log and the record of its steps.
         tokens: Computed at least.
+        reloads: More of them afterwards, while nobody asks anything.
         seed: Of all that the clients draw.
         clients: At the same time.
     """
@@ -155,6 +168,7 @@ def soak(
         crowd = Crowd(url, deployment, seed=seed, clients=clients)
         found.run(crowd, tokens=tokens)
         counts = found.count()
+        alone = found.reload_alone(reloads)
     return {
         "model": deployment.name,
         "about": deployment.about,
@@ -164,6 +178,7 @@ def soak(
         **counts,
         "crowd": dict(crowd.counts),
         "memory": describe_memory(found.samples),
+        "reloads_alone": alone,
     }
 
 
@@ -194,6 +209,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Results file.")] = RESULTS,
     random: Annotated[int, typer.Option(help="Tokens of the random model.")] = 200_000,
     organism: Annotated[int, typer.Option(help="Tokens of the organism.")] = 120_000,
+    reloads: Annotated[int, typer.Option(help="Of each, afterwards.")] = 300,
     seed: Annotated[int, typer.Option(help="Of all that clients draw.")] = 0,
 ) -> None:
     """Soak a server, and see that everything adds up."""
@@ -204,7 +220,13 @@ def main(
         console.print(f"{name}: {tokens} tokens")
         with tempfile.TemporaryDirectory() as folder:
             deployment = MAKERS[name](Path(folder, "deployment"))
-            part = soak(deployment, Path(folder, "soak"), tokens=tokens, seed=seed)
+            part = soak(
+                deployment,
+                Path(folder, "soak"),
+                tokens=tokens,
+                reloads=reloads,
+                seed=seed,
+            )
         console.print_json(data={k: v for k, v in part.items() if k != "memory"})
         parts.append(part)
     sums = ("tokens_computed", "tokens_counted", "requests", "verdicts")
