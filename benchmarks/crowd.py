@@ -25,7 +25,7 @@ Route = Literal["completions", "chat/completions"]
 
 _SECONDS = 300
 """A request that takes longer is lost."""
-KINDS = {"ask": 80, "hang up": 12, "malformed": 5, "drill": 2, "not allowed": 1}
+KINDS = {"ask": 78, "hang up": 12, "malformed": 5, "drill": 3, "not allowed": 2}
 """Of a hundred requests, how many are of which kind."""
 _MALFORMED: tuple[bytes, ...] = (
     b"",
@@ -67,9 +67,11 @@ class Request:
         return isinstance(self.body, Mapping) and bool(self.body.get("stream"))
 
 
-def draw_request(draw: random.Random, deployment: Deployment) -> Request:
-    """Draw one request of a client."""
-    kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
+def draw_request(
+    draw: random.Random, deployment: Deployment, kind: str | None = None
+) -> Request:
+    """Draw one request of a client, of whatever kind unless it is given."""
+    kind = kind or draw.choices(list(KINDS), list(KINDS.values()))[0]
     route: Route = draw.choice(["completions", "chat/completions"])
     key, policies = draw.choice(list(deployment.keys.items()))
     headers = {"authorization": f"Bearer {key}"}
@@ -144,9 +146,11 @@ class Crowd:
 
     def _run(self, number: int) -> None:
         draw = random.Random(f"{self.seed} {number}")
+        first: str | None = list(KINDS)[number % len(KINDS)]
         with httpx.Client(base_url=f"{self.url}/v1/", timeout=_SECONDS) as client:
             while not self.ended.is_set():
-                request = draw_request(draw, self.deployment)
+                request = draw_request(draw, self.deployment, first)
+                first = None
                 try:
                     found = ask(client, request)
                 except (httpx.HTTPError, KeyError, ValueError) as error:

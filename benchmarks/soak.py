@@ -55,12 +55,12 @@ class Soak:
     samples: list[Sample] = field(default_factory=list)
 
     def run(self, crowd: Crowd, *, tokens: int) -> None:
-        """Let the crowd ask until so many tokens were computed."""
+        """Let the crowd ask until so many tokens were computed, and files reloaded."""
         began, computed = time.monotonic(), 0
         with crowd.asking():
             reloading = threading.Thread(target=self._reload, args=(crowd.ended,))
             reloading.start()
-            while computed < tokens:
+            while computed < tokens or len(self.reloads) < 2:
                 computed = self.steps.count_tokens()
                 memory = self.operator.read_memory()
                 self.samples.append(Sample(time.monotonic() - began, computed, memory))
