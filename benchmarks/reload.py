@@ -22,19 +22,18 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-import yaml
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.operator import TOKEN, Operator, Policies
 from guard.demo.measure import ORGANISM
 from guard.demo.show import OPTIONS
 from guard.provenance import ROOT, describe_run
 from guard.redteam.server import find_free_port, run_server, wait_until_ready
 
-__all__ = ["Load", "Policies"]
+__all__ = ["Load", "push"]
 
 RESULTS = ROOT / "benchmarks" / "results" / "reload.json"
-TOKEN = "benchmark-administrator"
 CLIENTS = 4
 PROMPTS = 8
 MAX_TOKENS = 24
@@ -45,49 +44,12 @@ PUSH = {"name": "push", "sae": "l3", "latents": [60, 67], "law": "set", "value":
 """Changes every answer."""
 
 
-class Policies:
-    """The organism's policy file, to be replaced by another again and again."""
-
-    def __init__(self, folder: Path) -> None:
-        """Copy what the file names into a folder of its own."""
-        shutil.copytree(ORGANISM, folder, dirs_exist_ok=True)
-        self.path = folder / "policy.yaml"
-        self._plain = self.path.read_text(encoding="utf-8")
-
-    def write(self, text: str | None) -> None:
-        """Replace the file at once; None removes it."""
-        if text is None:
-            self.path.unlink(missing_ok=True)
-            return
-        new = self.path.with_suffix(".new")
-        new.write_text(text, encoding="utf-8")
-        new.rename(self.path)
-
-    def good(self, number: int) -> str:
-        """Return one of two files; each has all policies of the other."""
-        body = yaml.safe_load(self._plain)
-        if number % 2:
-            body["policies"]["open"]["clamps"] = [PUSH]
-            for monitor in body["policies"]["watch"]["monitors"]:
-                monitor["target_fpr"] *= 2
-            body["policies"]["default"]["hold_tokens"] = 2
-        return yaml.safe_dump(body, sort_keys=False)
-
-    def bad(self, number: int) -> str | None:
-        """Return one of several files that cannot be served."""
-        body = yaml.safe_load(self._plain)
-        match number % 5:
-            case 0:
-                return self._plain + "policies: ["
-            case 1:
-                body["unheard_of"] = True
-            case 2:
-                body["saes"]["l3"]["sha256"] = "0" * 64
-            case 3:
-                body["policies"]["default"]["clamps"][0]["latents"] = [1]
-            case _:
-                return None
-        return yaml.safe_dump(body, sort_keys=False)
+def push(body: dict[str, Any]) -> None:
+    """Make the second policy file of the first: clamps, thresholds and holds change."""
+    body["policies"]["open"]["clamps"] = [PUSH]
+    for monitor in body["policies"]["watch"]["monitors"]:
+        monitor["target_fpr"] *= 2
+    body["policies"]["default"]["hold_tokens"] = 2
 
 
 @dataclass
@@ -176,26 +138,6 @@ def ask(
     return text, {"fingerprint": verdict["fingerprint"]}, 1e3 * gap
 
 
-def reload(client: httpx.Client) -> tuple[int, float]:
-    """Return the status that a reload is answered with, and how long it took in ms."""
-    start = time.perf_counter()
-    headers = {"x-guard-admin-token": TOKEN}
-    answer = client.post("/guard/reload", headers=headers)
-    return answer.status_code, 1e3 * (time.perf_counter() - start)
-
-
-def read_memory(session: int) -> float:
-    """Return what all processes of a session hold in memory of their own, in MB."""
-    total = 0
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, StopIteration):
-            fields = (folder / "stat").read_text().rpartition(") ")[2].split()
-            if int(fields[3]) == session:
-                lines = (folder / "smaps_rollup").read_text().splitlines()
-                total += int(next(x for x in lines if x.startswith("Pss:")).split()[1])
-    return round(total / 1024, 1)
-
-
 def main(
     output: Annotated[Path, typer.Option(help="Results file.")] = RESULTS,
     reloads: Annotated[int, typer.Option(min=20, help="How many.")] = 1000,
@@ -206,7 +148,9 @@ def main(
     prompts = json.loads((ORGANISM / "prompts.json").read_text(encoding="utf-8"))
     texts = [prompt["text"] for prompt in prompts]
     with tempfile.TemporaryDirectory() as name:
-        policies, log = Policies(Path(name, "organism")), Path(name, "log")
+        folder, log = Path(name, "organism"), Path(name, "log")
+        shutil.copytree(ORGANISM, folder)
+        policies = Policies(folder / "policy.yaml", push)
         port = find_free_port()
         url = f"http://127.0.0.1:{port}"
         command = ["guard", "serve", str(ORGANISM / "model")]
@@ -214,7 +158,9 @@ def main(
         environment = {"GUARD_ADMIN_TOKEN": TOKEN}
         with run_server(command, port=port, log=log, environment=environment) as server:
             wait_until_ready(url, server, log)
-            rows = measure(url, server.pid, policies, texts, reloads=reloads)
+            with httpx.Client(base_url=url, timeout=120) as client:
+                operator = Operator(client, server.pid)
+                rows = measure(url, operator, policies, texts, reloads=reloads)
     if reloads < 1000:
         rows["note"] = f"shortened: {reloads} reloads in place of 1000"
     output.write_text(json.dumps(about | rows, indent=1) + "\n", "utf-8")
@@ -222,48 +168,48 @@ def main(
 
 
 def measure(
-    url: str, session: int, policies: Policies, prompts: Sequence[str], *, reloads: int
+    url: str,
+    operator: Operator,
+    policies: Policies,
+    prompts: Sequence[str],
+    *,
+    reloads: int,
 ) -> dict[str, Any]:
     """Return the keys of the results file besides those of every one."""
     expected: dict[tuple[str, str], str] = {}
-    with httpx.Client(base_url=url, timeout=120) as client:
-        for number in (1, 0):
-            policies.write(policies.good(number))
-            reload(client)
-            for prompt in prompts:
-                text, verdict, _ = ask(client, prompt)
-                expected[verdict["fingerprint"], prompt] = text
-        fingerprints = sorted({found for found, _ in expected})
-        first, second = fingerprints
-        prompts = [p for p in prompts if expected[first, p] != expected[second, p]]
-        prompts = prompts[:PROMPTS]
-        load = Load(url, prompts, expected)
-        statuses: Counter[str] = Counter()
-        seconds: dict[int, list[float]] = {200: [], 422: []}
-        memory: list[float] = []
-        good = 0
-        with load.running():
-            for number in track(
-                range(reloads), "reloads", console=Console(stderr=True)
-            ):
-                if number % (reloads // MARKS) == 0:
-                    memory.append(read_memory(session))
-                is_bad = number % 10 == 9
-                good += not is_bad
-                policies.write(
-                    policies.bad(number // 10) if is_bad else policies.good(good)
-                )
-                status, took = reload(client)
-                statuses[f"{'bad' if is_bad else 'good'} {status}"] += 1
-                seconds.setdefault(status, []).append(took)
-            memory.append(read_memory(session))
-        metrics = client.get("/metrics").text
+    for number in (1, 0):
+        policies.write(policies.good(number))
+        operator.reload()
+        for prompt in prompts:
+            text, verdict, _ = ask(operator.client, prompt)
+            expected[verdict["fingerprint"], prompt] = text
+    fingerprints = sorted({found for found, _ in expected})
+    first, second = fingerprints
+    prompts = [p for p in prompts if expected[first, p] != expected[second, p]]
+    prompts = prompts[:PROMPTS]
+    load = Load(url, prompts, expected)
+    statuses: Counter[str] = Counter()
+    seconds: dict[int, list[float]] = {200: [], 422: []}
+    memory: list[float] = []
+    good = 0
+    with load.running():
+        for number in track(range(reloads), "reloads", console=Console(stderr=True)):
+            if number % (reloads // MARKS) == 0:
+                memory.append(operator.read_memory().pss)
+            is_bad = number % 10 == 9
+            good += not is_bad
+            policies.write(
+                policies.bad(number // 10) if is_bad else policies.good(good)
+            )
+            status, took = operator.reload()
+            statuses[f"{'bad' if is_bad else 'good'} {status}"] += 1
+            seconds.setdefault(status, []).append(took)
+        memory.append(operator.read_memory().pss)
+    metrics = operator.read_metrics()
     return {
         "reloads": dict(statuses),
-        "generation": _read(metrics, "guard_policy_generation"),
-        "refused_counted": _read(
-            metrics, 'guard_policy_reloads_total{result="refused"}'
-        ),
+        "generation": metrics["guard_policy_generation"],
+        "refused_counted": metrics['guard_policy_reloads_total{result="refused"}'],
         "requests": load.counts["requests"],
         "requests_by_fingerprint": {
             name.removeprefix("under "): count
@@ -281,11 +227,6 @@ def measure(
         "stream_silence_ms_median": round(statistics.median(load.gaps), 1),
         "stream_silence_ms_p95": round(statistics.quantiles(load.gaps, n=20)[-1], 1),
     }
-
-
-def _read(metrics: str, name: str) -> float:
-    lines = (line.rpartition(" ") for line in metrics.splitlines())
-    return float(next(value for key, _, value in lines if key == name))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,10 @@ class Metrics:
         """Count one internal failure of the guard."""
         self._errors.labels(component).inc()
 
+    def show_open(self, requests: int) -> None:
+        """Show how many requests this process has let in and not closed."""
+        self._open.set(requests)
+
     def count_let_through(self, fault: str) -> None:
         """Count a request that was answered although something of it was not seen."""
         self._let_through.labels(fault).inc()
@@ -169,8 +173,14 @@ class Metrics:
     def _declare_counters(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(
             "guard_requests",
-            "Requests that are over, by what was decided.",
+            "Requests that are over, by what was decided until then.",
             ["policy", "mode", "action"],
+            registry=registry,
+        )
+        self._open = Gauge(
+            "guard_open_requests",
+            "Requests that are let in, whose answers are not over.",
+            multiprocess_mode="livesum",
             registry=registry,
         )
         self._tokens = Counter(

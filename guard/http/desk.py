@@ -92,6 +92,10 @@ class Desk(Protocol):
     def close(self, guard_id: str) -> None:
         """Forget a request: its answer is over, or its client gone."""
 
+    @property
+    def num_open(self) -> int:
+        """How many requests were let in, and are not closed."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Terms:
@@ -184,6 +188,11 @@ class PolicyDesk:
         """Number of the oldest generation that a request in flight began under."""
         begun = (visit.generation for visit in self._visits.values())
         return min(begun, default=self._terms.generation)
+
+    @property
+    def num_open(self) -> int:
+        """How many requests were let in, and are not closed."""
+        return len(self._visits)
 
     def lets_in(self, authorization: str | None) -> bool:
         """Whether the server accepts the key in the `Authorization` header."""

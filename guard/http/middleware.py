@@ -100,14 +100,16 @@ class GuardMiddleware:
         if body is None or admission is None:
             await self.app(scope, _replay(raw, receive), send)
             return
+        self._show_open()
         responder = Responder(
             send, desk=self._desk, admission=admission, kind=kind, body=body
         )
         try:
             sealed = seal_body(body, admission.ticket)
-            resealed = _reseal(scope, len(sealed)), _replay(sealed, receive)
+            client = _Client(receive, responder.send)
+            resealed = _reseal(scope, len(sealed)), _replay(sealed, client.receive)
             del raw, body, sealed
-            await self.app(*resealed, responder.send)
+            await self.app(*resealed, client.send)
         except Exception:
             # Ended by the responder: the application only learnt it this way.
             if not responder.failed:
@@ -116,6 +118,11 @@ class GuardMiddleware:
             if responder.failed and self._metrics is not None:
                 self._metrics.count_error("http")
             self._desk.close(admission.guard_id)
+            self._show_open()
+
+    def _show_open(self) -> None:
+        if self._metrics is not None:
+            self._metrics.show_open(self._desk.num_open)
 
     def _admit(self, scope: Scope, body: Mapping[str, Any], kind: Kind) -> Admission:
         refuse_unsupported(body)
@@ -154,6 +161,27 @@ class GuardMiddleware:
 
 def _authorization(scope: Scope) -> str | None:
     return Headers(scope=scope).get("authorization")
+
+
+class _Client:
+    """Who waits for an answer, until he leaves.
+
+    What the application says then is no answer: `null` in place of a whole one.
+    """
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._has_left = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._has_left |= message["type"] == "http.disconnect"
+        return message
+
+    async def send(self, message: Message) -> None:
+        if not self._has_left:
+            await self._send(message)
 
 
 class _TooLargeError(Exception):

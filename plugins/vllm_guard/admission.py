@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from guard.generation import Generation
-from guard.request import TICKET_KEY, Fault, Ticket, Trace
+from guard.request import TICKET_KEY, Fault, Ticket, Trace, read_ticket
 from guard.verdict import Verdict, decide, report
 from guard.watch import Watch
 from vllm_guard import context
@@ -22,7 +22,7 @@ from vllm_guard.holding import Holding
 from vllm_guard.patch import wrap
 from vllm_guard.rows import DRILL_KEY, SLOT_KEY
 
-__all__ = ["Watched", "admit", "install"]
+__all__ = ["Watched", "admit", "begin_verdict", "choose_policy", "install"]
 
 logger = logging.getLogger(__name__)
 
@@ -150,10 +150,7 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
         )
         if ticket is None and TICKET_KEY in extra_args:
             logger.warning("A ticket was altered, expired or used up; it counts not.")
-    generation = None if ticket is None else state.find(ticket.generation)
-    if ticket is None or generation is None or not _is_known(ticket, generation):
-        generation = state.current
-        ticket = Ticket(uuid.uuid4().hex, generation.policy_file.default_policy)
+    ticket, generation = choose_policy(ticket)
     if params is not None:
         # The children of one request share their params: a copy, never a change.
         request.sampling_params = params = copy.copy(params)
@@ -172,6 +169,41 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
     wanted = prompt_length + ((params and params.max_tokens) or max_model_len)
     total = min(wanted, max_model_len)
     return _watch(ticket, generation, prompt_length, total=total)
+
+
+def choose_policy(ticket: Ticket | None) -> tuple[Ticket, Generation]:
+    """Return what a ticket lets in under; the default policy where it does not count.
+
+    Args:
+        ticket: Signed here, or None.
+    """
+    state = context.get()
+    generation = None if ticket is None else state.find(ticket.generation)
+    if ticket is None or generation is None or not _is_known(ticket, generation):
+        generation = state.current
+        ticket = Ticket(uuid.uuid4().hex, generation.policy_file.default_policy)
+    return ticket, generation
+
+
+def begin_verdict(params: Any) -> Verdict:
+    """Return what is decided of a request before the engine has said anything of it.
+
+    Its policy is the one that `admit` will choose, elsewhere.
+
+    Args:
+        params: Its sampling params, as they are sent to the engine core.
+    """
+    text = ((params and params.extra_args) or {}).get(TICKET_KEY)
+    ticket = read_ticket(text, context.get().secret, now=time.time())
+    ticket, generation = choose_policy(ticket)
+    return Verdict(
+        id=ticket.guard_id,
+        policy=ticket.policy,
+        fingerprint=generation.fingerprints[ticket.policy],
+        mode=generation.policy_file.policies[ticket.policy].mode,
+        action="allow",
+        drill=ticket.drill,
+    )
 
 
 def _is_known(ticket: Ticket, generation: Generation) -> bool:

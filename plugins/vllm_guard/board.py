@@ -70,6 +70,15 @@ class Board:
             generation=generation.number,
         )
 
+    def begin(self, request: Any, verdict: Verdict) -> None:
+        """Know a request before the engine speaks of it.
+
+        Args:
+            request: vLLM's `RequestState`.
+            verdict: What counts if the engine never does.
+        """
+        request.guard_begun = verdict
+
     def take(self, request: Any, progress: Progress) -> None:
         """Keep a request's progress: vLLM's `RequestState` carries its verdict."""
         verdict = Verdict.from_json(progress.verdict)
@@ -90,9 +99,13 @@ class Board:
             self.metrics.count_unscored("no_score", counted["unscored"])
 
     def finish(self, request: Any) -> None:
-        """Count a request that is over, if the engine ever spoke of it."""
+        """Count a request that is over, once: vLLM may end a choice several times."""
+        begun = vars(request).pop("guard_begun", None)
+        if begun is None:
+            return
         known = getattr(request, "guard_progress", None)
         if known is None:
+            self.metrics.finish(begun, {})
             return
         verdict, progress = known
         self.metrics.finish(verdict, progress.ratios)

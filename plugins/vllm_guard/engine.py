@@ -59,6 +59,7 @@ def _collective_rpc(
             "fingerprint": context.get().current.fingerprint,
             "generation": context.get().current.number,
             "world_size": core.vllm_config.parallel_config.world_size,
+            "requests": len(core.scheduler.requests),
         }
         answers = [*answers, own]
     return answers

@@ -299,4 +299,5 @@ def _guard_status(worker: Any) -> dict[str, Any]:
         "generation": state.current.number,
         "hooks": [str(guard.hook_point) for guard in ops.bound()],
         "ready": state.rows is not None,
+        "requests": 0 if state.rows is None else state.rows.num_places,
     }

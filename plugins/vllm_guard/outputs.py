@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_guard import context
+from vllm_guard.admission import begin_verdict
 from vllm_guard.engine import BLOCK_REASON
 from vllm_guard.patch import wrap
 from vllm_guard.readings import CARRIER_KEY, Progress
@@ -26,10 +27,25 @@ def install() -> None:
     """
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
+    wrap(OutputProcessor, "add_request", _add_request)
     wrap(OutputProcessor, "process_outputs", _process_outputs)
     wrap(OutputProcessor, "abort_requests", _abort_requests)
     wrap(OutputProcessor, "propagate_error", _propagate_error)
     wrap(RequestState, "_new_completion_output", _new_completion_output)
+
+
+def _add_request(
+    original: Callable[..., None],
+    processor: Any,
+    request: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Know under which policy a request begins, should its client leave at once."""
+    original(processor, request, *args, **kwargs)
+    state = processor.request_states.get(request.request_id)
+    if state is not None:
+        context.get_board().begin(state, begin_verdict(request.sampling_params))
 
 
 def _process_outputs(

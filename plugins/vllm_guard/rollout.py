@@ -204,6 +204,9 @@ class Rollout:
     def _show(self, generation: Generation, keys: KeyRing) -> None:
         """Let requests in under a generation that every engine has made current."""
         state = context.get()
+        # A request that was let in a moment ago may only now be counted.
+        if state.current.number != generation.number:
+            state.previous = state.current
         # What only an engine needs is not kept a second time.
         state.current = replace(generation, calibrations={})
         context.get_board().show(state.current, keys=keys)

@@ -209,6 +209,11 @@ class StepRows:
                 self._free.append(index)
 
     @property
+    def num_places(self) -> int:
+        """Places taken; that of a request which is over, until the next step."""
+        return len(self._index)
+
+    @property
     def requests(self) -> Sequence[StepRequest]:
         """Whose rows the step has, in their order."""
         return self._requests

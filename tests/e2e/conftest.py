@@ -18,8 +18,9 @@ from e2e.serving import (
     stop,
     wait_until_ready,
 )
-from e2e.steps import StepRecord
 from e2e.tripwires import Tripwires
+
+from benchmarks.steps import StepRecord
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,10 @@ from typing import Any
 
 import httpx
 from e2e.serving import Server
-from e2e.steps import StepRecord
 from e2e.tripwires import LONG_PROMPT
 from e2e.wire import ask, read_events, request_body
+
+from benchmarks.steps import StepRecord
 
 POLICIES = [
     "default",

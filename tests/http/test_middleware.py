@@ -227,6 +227,47 @@ async def test_answers_that_failed_closed_are_counted(
     assert value == len(unjudged)
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_who_has_left_is_not_counted_among_the_answers_that_failed(
+    desk, policy_file, leaves
+):
+    """The engine's own server says `null` where nobody waits for an answer."""
+    registry = CollectorRegistry()
+    prints = dict.fromkeys(policy_file.policies, "f")
+    metrics = Metrics(
+        policy_file, fingerprints=prints, digests={"s": "f"}, registry=registry
+    )
+
+    async def cancelled(scope, receive, send):
+        assert (await receive())["type"] == "http.request"
+        assert registry.get_sample_value("guard_open_requests") == 1
+        if leaves:
+            assert (await receive())["type"] == "http.disconnect"
+        await JSONResponse(None)(scope, receive, send)
+
+    heard = iter(
+        [
+            {"type": "http.request", "body": json.dumps({"messages": []}).encode()},
+            {"type": "http.disconnect"},
+        ]
+    )
+    sent = []
+
+    async def receive():
+        return next(heard)
+
+    async def send(message):
+        sent.append(message)
+
+    guarded = GuardMiddleware(cancelled, desk=desk, metrics=metrics)
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    await guarded(scope, receive, send)
+    value = registry.get_sample_value("guard_errors_total", {"component": "http"})
+    assert value == int(not leaves)
+    assert [m.get("status") for m in sent] == ([] if leaves else [500, None])
+    assert registry.get_sample_value("guard_open_requests") == 0
+
+
 async def test_an_answer_judged_under_another_policy_is_not_given(client, server):
     server.verdicts = {0: {"policy": "open", "fingerprint": "f-open"}}
     response = await ask(client)
@@ -257,6 +298,24 @@ async def test_an_answer_in_an_unknown_shape_is_not_given(client, server, reply)
     response = await ask(client)
     assert read_error(response, 500)["message"] == NO_VERDICT
     assert "secret" not in response.text
+
+
+async def test_an_answer_above_the_limit_is_not_given(client, server, monkeypatch):
+    whole = len((await ask(client)).content)
+    sent = []
+
+    async def pieces():
+        body = json.dumps({"choices": [], "secret": "s" * whole}).encode()
+        for start in range(0, len(body), 10):
+            sent.append(body[start : start + 10])
+            yield sent[-1]
+
+    monkeypatch.setattr("guard.http.responder.MAX_ANSWER_BYTES", whole)
+    server.reply = StreamingResponse(pieces(), media_type="application/json")
+    response = await ask(client)
+    assert read_error(response, 500)["message"] == NO_VERDICT
+    # What the application goes on to say is not put together any more.
+    assert sum(map(len, sent)) <= whole + 20
 
 
 async def test_an_error_of_the_server_is_passed_on_with_the_guards_headers(

@@ -177,6 +177,14 @@ def test_what_cannot_be_read_is_not_sent_on(data):
     assert is_failure(stream.feed(data))
 
 
+def test_an_event_above_the_limit_ends_the_stream(monkeypatch):
+    monkeypatch.setattr("guard.http.stream.MAX_EVENT_BYTES", 100)
+    stream = make_stream({0: make_verdict()})
+    assert stream.feed(b"data: " + b"x" * 94) == b""
+    assert is_failure(stream.feed(b"x"))
+    assert stream.failed
+
+
 def test_an_error_of_the_server_is_passed_on_alone():
     stream = make_stream({0: make_verdict()})
     error = b'data: {"error": {"message": "broken"}}\n\n'

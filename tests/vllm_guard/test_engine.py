@@ -654,6 +654,7 @@ def test_the_seams_of_the_api_server_are_where_they_were() -> None:
         "self",
         "engine_core_outputs",
     ]
+    assert parameters(OutputProcessor.add_request)[:2] == ["self", "request"]
     assert parameters(OutputProcessor.abort_requests)[:2] == ["self", "request_ids"]
     assert parameters(RequestState._new_completion_output) == [
         "self",

@@ -107,6 +107,15 @@ def test_one_call_in_sixty_four_is_timed_and_told_once() -> None:
     ops.bind([])
 
 
+def test_of_times_that_nobody_asks_for_the_newest_stay() -> None:
+    ops.bind([lambda _hidden_states, _residual: None])  # type: ignore[list-item]
+    ops.take_seconds()
+    for _ in range((ops.MAX_SECONDS + 3) * ops.SAMPLED):
+        ops._guard(torch.zeros(1, 1), None, 0)
+    assert len(ops.take_seconds()) == ops.MAX_SECONDS
+    ops.bind([])
+
+
 class Seen:
     """A recorder that keeps what it is shown."""
 

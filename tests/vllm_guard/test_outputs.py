@@ -1,12 +1,16 @@
 """Where outputs are processed: the verdict of a request is that of its last token."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessorOutput
 from vllm_guard import context, outputs
 from vllm_guard.readings import CARRIER_KEY, Progress
+
+from guard.request import TICKET_KEY
 
 STOP = 100
 """Tokens from here on complete a stop string."""
@@ -79,3 +83,79 @@ def test_tokens_that_leave_together_are_judged_up_to_the_stop_string(
     assert result.reqs_to_abort == ([] if stops_at is None else ["held"])
     # What is counted is counted, whoever received the tokens.
     assert state.board.counted == 4
+
+
+# Whoever leaves
+
+
+class LeavableProcessor:
+    """As much of vLLM's processor as adds requests, and aborts them by families."""
+
+    def __init__(self) -> None:
+        self.request_states: dict[str, Any] = {}
+        self.children: dict[str, list[str]] = {}
+
+    def add_request(self, request: Any) -> None:
+        self.request_states[request.request_id] = SimpleNamespace()
+
+    def abort_requests(self, names: list[str]) -> list[str]:
+        aborted = []
+        for name in names:
+            if self.request_states.pop(name, None) is not None:
+                aborted.append(name)
+            elif name in self.children:
+                # As vLLM does: through the method that is wrapped.
+                aborted += outputs._abort_requests(
+                    LeavableProcessor.abort_requests, self, self.children.pop(name)
+                )
+        return aborted
+
+
+def begin(processor: LeavableProcessor, name: str, ticket: str | None = None) -> None:
+    extra_args = {} if ticket is None else {TICKET_KEY: ticket}
+    request = SimpleNamespace(
+        request_id=name, sampling_params=SimpleNamespace(extra_args=extra_args)
+    )
+    outputs._add_request(LeavableProcessor.add_request, processor, request)
+
+
+def leave(processor: LeavableProcessor, name: str) -> list[str]:
+    original = LeavableProcessor.abort_requests
+    return outputs._abort_requests(original, processor, [name])
+
+
+def count(registry: CollectorRegistry, policy: str) -> float | None:
+    labels = {"policy": policy, "mode": "enforce", "action": "allow"}
+    return registry.get_sample_value("guard_requests_total", labels)
+
+
+@pytest.fixture
+def registry(state: context.Context) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    context.get_board(registry)
+    return registry
+
+
+def test_who_leaves_before_the_engine_has_spoken_counts_under_his_policy(
+    state: context.Context, registry: CollectorRegistry
+) -> None:
+    processor = LeavableProcessor()
+    research = context.sampling_args("research", trace="none")[TICKET_KEY]
+    for name, ticket in (("a", research), ("b", None), ("c", "g1.forged.x")):
+        begin(processor, name, ticket)
+        assert leave(processor, name) == [name]
+    assert count(registry, "research") == 1
+    assert count(registry, "default") == 2
+    assert leave(processor, "a") == []
+    assert count(registry, "research") == 1
+
+
+def test_a_choice_is_counted_once_though_its_family_is_ended_with_it(
+    state: context.Context, registry: CollectorRegistry
+) -> None:
+    processor = LeavableProcessor()
+    processor.children["parent"] = ["0_parent", "1_parent"]
+    for name in ("0_parent", "1_parent"):
+        begin(processor, name)
+    assert leave(processor, "parent") == ["0_parent", "1_parent"]
+    assert count(registry, "default") == 2

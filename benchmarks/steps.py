@@ -1,4 +1,4 @@
-"""A record of every scheduled token that the plugin has no part in.
+"""A record of all that an engine was given and did, that the plugin has no part in.
 
 The folder it writes goes onto the PYTHONPATH of a server: Python imports
 `sitecustomize` first in each of its processes, and that one wraps the scheduler as
@@ -6,11 +6,14 @@ soon as vLLM imports it.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+__all__ = ["StepRecord"]
+
 _SITECUSTOMIZE = '''\
-"""Writes how many tokens each scheduler step holds, one line per step."""
+"""Writes one line per step, how many tokens it holds, and one per request, `+`."""
 
 import importlib.abc
 import importlib.machinery
@@ -37,16 +40,19 @@ class Recorder(importlib.abc.MetaPathFinder):
 
 
 def record_steps(scheduler):
-    schedule = scheduler.schedule
+    schedule, add_request = scheduler.schedule, scheduler.add_request
+    file = open(RECORD, "a", encoding="ascii", buffering=1)
 
     def recorded(self, *args, **kwargs):
         output = schedule(self, *args, **kwargs)
-        tokens = sum(output.num_scheduled_tokens.values())
-        with open(RECORD, "a", encoding="ascii") as file:
-            file.write(f"{{tokens}}\\n")
+        file.write(f"{{sum(output.num_scheduled_tokens.values())}}\\n")
         return output
 
-    scheduler.schedule = recorded
+    def added(self, request):
+        file.write("+\\n")
+        return add_request(self, request)
+
+    scheduler.schedule, scheduler.add_request = recorded, added
 
 
 sys.meta_path.insert(0, Recorder())
@@ -55,9 +61,10 @@ sys.meta_path.insert(0, Recorder())
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Where the steps of a server are written down."""
+    """Where the steps of a server with one engine are written down."""
 
     folder: Path
+    """Goes onto the server's PYTHONPATH."""
 
     def begin(self) -> dict[str, str]:
         """Write the recorder; return the environment of a server that it records."""
@@ -70,5 +77,11 @@ class StepRecord:
 
     def count_tokens(self) -> int:
         """Return how many tokens the server has scheduled since it began."""
-        lines = (self.folder / "steps").read_text(encoding="ascii").split()
-        return sum(int(line) for line in lines)
+        return sum(int(line) for line in self._read() if line != "+")
+
+    def count_requests(self) -> int:
+        """Return how many requests its scheduler was given, each choice for itself."""
+        return self._read().count("+")
+
+    def _read(self) -> Sequence[str]:
+        return (self.folder / "steps").read_text(encoding="ascii").split()
