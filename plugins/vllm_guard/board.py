@@ -88,6 +88,9 @@ class Board:
             self.metrics.count_error("worker")
         if counted.get("unscored"):
             self.metrics.count_unscored("no_score", counted["unscored"])
+        if counted.get("not_finite"):
+            self.metrics.count_unscored("not_finite", counted["not_finite"])
+            self.metrics.count_error("model")
 
     def finish(self, request: Any) -> None:
         """Count a request that is over, if the engine ever spoke of it."""
