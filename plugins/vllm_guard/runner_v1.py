@@ -170,8 +170,9 @@ def sample_tokens(
     state, rows = runner.execute_model_state, context.get().rows
     if state is None or rows is None:
         return original(runner, *args, **kwargs)
-    # Before drafts are made, which may take the memory it lies in.
-    rows.mark_broken(state.hidden_states)
+    if state.hidden_states is not None:  # as V2 has it in a pipeline, but for its end
+        # Before drafts are made, which may take the memory it lies in.
+        rows.mark_broken(state.hidden_states)
     output = original(runner, *args, **kwargs)
     ranks.agree(rows)
     if (recorder := context.get().recorder) is not None:
