@@ -24,11 +24,12 @@ __all__ = ["Component", "Metrics", "Phase", "ReloadResult", "UnscoredReason"]
 Phase = Literal["prefill", "decode"]
 """Whether a token was read from the prompt or generated."""
 
-Component = Literal["http", "engine", "worker"]
-"""Where an internal failure was noticed."""
+Component = Literal["http", "engine", "worker", "model"]
+"""Where an internal failure was noticed; the model's is that it computes NaN."""
 
-UnscoredReason = Literal["no_reading", "no_score"]
-"""The step brought no reading; or the token's cached score was not there."""
+UnscoredReason = Literal["no_reading", "no_score", "not_finite"]
+"""The step brought no reading; the token's cached score was not there; or the model
+computed nothing that could be scored."""
 
 ReloadResult = Literal["success", "refused"]
 """Whether a reload brought what it should, or left everything as it was."""
@@ -203,7 +204,7 @@ class Metrics:
         )
         self._errors = Counter(
             "guard_errors",
-            "Internal failures of the guard, and the ends of engines.",
+            "Internal failures of the guard or model, and the ends of engines.",
             ["component"],
             registry=registry,
         )

@@ -44,6 +44,8 @@ class Marks(NamedTuple):
     """Bit r is set where the sticky condition of rule r held at the token."""
     visits: Tensor
     """Hooks the row has passed: proof that it was guarded."""
+    broken: Tensor
+    """1 where what the model made of the row in the end is not finite."""
 
 
 class StepBuffers(nn.Module):
@@ -59,7 +61,7 @@ class StepBuffers(nn.Module):
     of policies is not scored under the other."""
     rows_in: Tensor  # [max_tokens, 4] slot, request and start of `Rows`, and drill
     state: Tensor  # [max_requests + 1, MAX_RULES] sticky conditions met so far
-    readings: Tensor  # [max_tokens, num_columns + 3] int32: bits of `scores`, `marks`
+    readings: Tensor  # [max_tokens, num_columns + 4] int32: bits of `scores`, `marks`
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class StepBuffers(nn.Module):
 
     @property
     def marks(self) -> Tensor:
-        """int32 `[max_tokens, 3]`, the fields of `Marks`, a view of `readings`."""
+        """int32 `[max_tokens, 4]`, the fields of `Marks`, a view of `readings`."""
         return self.readings[:, -len(Marks._fields) :]
 
     def rows(self, num_tokens: int) -> Rows:

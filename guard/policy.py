@@ -368,7 +368,7 @@ class PolicyFile(_Frozen):
     allow_unverified_model: bool = False
     """Serve a model class whose stream convention was never checked."""
     on_error: Literal["closed", "open"] = "closed"
-    """What happens to a request whose readings cannot be had."""
+    """What happens to a request whose readings cannot be had, or are not finite."""
     unscored: OnAlarm = "block"
     """What happens to tokens whose scores cannot be known."""
     saes: Mapping[Name, SaeSource] = Field(default_factory=dict)

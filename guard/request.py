@@ -41,8 +41,9 @@ MAX_TICKETS = 65536
 Trace = Literal["none", "summary", "tokens"]
 """How much of the readings a client asks to see."""
 
-Fault = Literal["unguarded", "unscored"]
-"""What was not seen of a request: a token's hooks, or a cached one's score."""
+Fault = Literal["unguarded", "unscored", "not_finite"]
+"""Why nobody can vouch for a request: a token missed its hooks, a cached one's score is
+not there, or what the model made of a token is not finite."""
 
 _PREFIX = "g1"
 _MIN_SECRET_BYTES = 16

@@ -21,6 +21,7 @@ def register() -> None:
 
     with context.reporting():
         if context.enter():
+            context.keep_warnings()
             from vllm_guard import (
                 admission,
                 engine,

@@ -59,7 +59,8 @@ class Watched:
     drill: str | None = None
     """Name of the fire drill that it is."""
     fault: Fault | None = None
-    """What was not seen of it: a token without its hooks, or a cached one's score."""
+    """What is not known of it: a token without its hooks, a cached one's score, or what
+    the model made of a token."""
     _told: dict[str, Any] | None = None
     """What `tell` returned last."""
 
@@ -113,6 +114,9 @@ class Watched:
         policy_file = self.generation.policy_file
         if self.fault == "unguarded" and policy_file.on_error == "closed":
             return True
+        if self.fault == "not_finite" and policy_file.on_error == "closed":
+            # Its tokens did pass the guard, and who observes changes nothing.
+            return self.watch.policy.mode == "enforce"
         if self.fault == "unscored" and policy_file.unscored == "block":
             return True
         return self.watch.block_position is not None

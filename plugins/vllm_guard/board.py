@@ -4,6 +4,8 @@ One board in each API server, and in the process of an offline `LLM`.
 """
 
 import logging
+import math
+import time
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -15,9 +17,12 @@ from guard.metrics import Metrics
 from guard.verdict import Verdict
 from vllm_guard.readings import Progress
 
-__all__ = ["Board"]
+__all__ = ["SILENT_SECONDS", "Board"]
 
 logger = logging.getLogger(__name__)
+
+SILENT_SECONDS = 10.0
+"""Between two lines of the log about requests that were let through."""
 
 
 class Board:
@@ -48,6 +53,8 @@ class Board:
         )
         self.ready = False
         """Whether every engine has said that it is guarded."""
+        self._unsaid = 0
+        self._silent_until = -math.inf
 
     def show(self, generation: Generation, *, keys: KeyRing) -> None:
         """Let requests in under another generation, and show its series.
@@ -97,6 +104,9 @@ class Board:
             self.metrics.count_error("worker")
         if counted.get("unscored"):
             self.metrics.count_unscored("no_score", counted["unscored"])
+        if counted.get("not_finite"):
+            self.metrics.count_unscored("not_finite", counted["not_finite"])
+            self.metrics.count_error("model")
 
     def finish(self, request: Any) -> None:
         """Count a request that is over, once: vLLM may end a choice several times."""
@@ -111,17 +121,30 @@ class Board:
         self.metrics.finish(verdict, progress.ratios)
         if verdict.reason is not None and verdict.action != "block":
             self.metrics.count_let_through(verdict.reason)
-            logger.warning(
-                "A request of policy %r was answered although it was %s: the policy "
-                "file lets it go on.",
-                verdict.policy,
-                verdict.reason,
-            )
+            self._say_let_through(verdict)
         for name, value in progress.observed.items():
             if name.startswith("error_ratio:"):
                 self.metrics.observe_error_norm(value)
             elif name.startswith("clamp_residual:"):
                 self.metrics.observe_clamp_residual(value)
+
+    def _say_let_through(self, verdict: Verdict) -> None:
+        """Log that requests go on that nobody vouches for, now and then.
+
+        The first at once, and how many there were since each time; the metric has all.
+        """
+        self._unsaid += 1
+        if time.monotonic() < self._silent_until:
+            return
+        logger.warning(
+            "Answered although nobody vouches for them: %d requests, the last of them "
+            "%s, under policy %r. The policy file lets them go on.",
+            self._unsaid,
+            verdict.reason,
+            verdict.policy,
+        )
+        self._unsaid = 0
+        self._silent_until = time.monotonic() + SILENT_SECONDS
 
 
 def _digests(generation: Generation) -> dict[str, str]:

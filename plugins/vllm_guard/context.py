@@ -49,6 +49,7 @@ __all__ = [
     "enter",
     "get",
     "get_board",
+    "keep_warnings",
     "reporting",
     "reset",
     "sampling_args",
@@ -195,6 +196,19 @@ def get_board(registry: CollectorRegistry = REGISTRY) -> "Board":
     if state.board is None:
         state.board = Board(state.current, secret=state.secret, registry=registry)
     return state.board
+
+
+def keep_warnings() -> None:
+    """Let the guard's warnings be seen, whatever becomes of the root logger.
+
+    vLLM's SageMaker routes, of which every API server has some, set that one to ERROR
+    when they are imported. A level that an operator has set stays. Remove when they
+    leave it alone.
+    """
+    for name in ("guard", "vllm_guard"):
+        own = logging.getLogger(name)
+        if own.level == logging.NOTSET:
+            own.setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from vllm_guard import compat, context
+from vllm_guard import compat, context, residue
 from vllm_guard.admission import Watched
 from vllm_guard.patch import wrap
 from vllm_guard.readings import CARRIER_KEY, Progress, RequestReadings
@@ -34,6 +34,7 @@ def install() -> None:
     wrap(EngineCore, "__init__", _init)
     wrap(EngineCore, "collective_rpc", _collective_rpc)
     wrap(Scheduler, "update_from_output", _update_from_output)
+    residue.install()
 
 
 def _init(
@@ -88,9 +89,10 @@ def _update_from_output(
         if not _observe(request, reading, scheduler_output, model_runner_output):
             # Nobody else may stand on what was computed without the guard.
             cache = scheduler.kv_cache_manager
-            cache.evict_blocks(
-                {i for ids in cache.get_block_ids(request_id) for i in ids}
-            )
+            blocks = {i for ids in cache.get_block_ids(request_id) for i in ids}
+            cache.evict_blocks(blocks)
+            if reading is not None and reading.broken:
+                residue.leave(cache.block_pool, blocks)
     holders = _list_holders(scheduler)
     outputs = original(scheduler, scheduler_output, model_runner_output)
     _finish_blocked(scheduler, requests.values(), outputs)
@@ -145,6 +147,7 @@ def _count_step(
         counted["prefill"] += prefill
         counted["decode"] += reading.guarded - prefill
         counted["unguarded"] += num_rows - reading.guarded
+        counted["not_finite"] += reading.broken
 
 
 def _observe(
@@ -156,7 +159,7 @@ def _observe(
     """Hold a request's rows of this step against its policy; cut what may not leave.
 
     Returns:
-        Whether no reading was missing.
+        Whether no reading was missing, and all of it was finite.
     """
     name, watched = request.request_id, request.guard
     num_rows = scheduler_output.num_scheduled_tokens[name]
@@ -186,7 +189,7 @@ def _observe(
 def _take_in(
     watched: Watched, readings: RequestReadings | None, num_rows: int, *, rejected: int
 ) -> bool:
-    """Let a request's watch see its readings; return whether none is missing."""
+    """Let a request's watch see its readings; return whether all is well with them."""
     watch = watched.watch
     if readings is None or readings.guarded < num_rows:
         if watched.fault is None:  # once a request: there may be thousands of steps
@@ -206,7 +209,11 @@ def _take_in(
     accepted = len(readings.scores) - rejected
     scores, clamped = readings.scores[:accepted], readings.clamped[:accepted]
     watch.observe(readings.first, scores, clamped)
-    return not gap
+    if readings.broken:
+        if watched.fault is None:
+            logger.error("The model computed what is not finite.")
+        watched.fault = watched.fault or "not_finite"
+    return not gap and not readings.broken
 
 
 def _count_until_end(request: Any, tokens: list[int]) -> int:

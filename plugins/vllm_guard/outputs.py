@@ -104,7 +104,7 @@ def _process_piece(
         if request is None:
             continue
         present[output.request_id] = request
-        if progress is not None:
+        if progress is not None and _covers(progress, request, output):
             board.take(request, progress)
         elif output.new_token_ids or output.finish_reason is None:
             _refuse(output)
@@ -121,6 +121,18 @@ def _process_piece(
     return result
 
 
+def _covers(progress: Progress, request: Any, output: Any) -> bool:
+    """Whether a verdict is as far as the tokens that it comes with.
+
+    Each but the last token of a request was a row that somebody looked at.
+    """
+    if not output.new_token_ids:
+        return True
+    delivered = request.detokenizer.num_output_tokens() + len(output.new_token_ids)
+    seen: int = progress.verdict["tokens_seen"]
+    return seen >= request.prompt_len + delivered - 1
+
+
 def _detach(output: Any) -> Progress | None:
     """Take the guard's part off an output; a real KV connector's part stays."""
     carried = output.kv_transfer_params
@@ -135,7 +147,7 @@ def _refuse(output: Any) -> None:
     """End a request whose tokens nobody vouches for, before any of them is text."""
     from vllm.v1.engine import FinishReason
 
-    logger.error("The engine core sent tokens without a verdict; the request fails.")
+    logger.error("Tokens came without a verdict on them; the request fails.")
     output.new_token_ids = []
     output.new_logprobs = None
     output.new_prompt_logprobs_tensors = None

@@ -38,6 +38,8 @@ class RequestReadings(NamedTuple):
     """Bit r is set where rule r changed the token, `[num_rows]`."""
     guarded: int
     """Rows computed in this step that passed every hook."""
+    broken: int = 0
+    """Rows computed in this step of which the model made what is not finite."""
 
 
 class Span(NamedTuple):
@@ -48,7 +50,8 @@ class Span(NamedTuple):
     start: int
     end: int
     guarded: int
-    """As in `RequestReadings`."""
+    """As in `RequestReadings`, like the next."""
+    broken: int
 
 
 class StepReadings(Mapping[str, RequestReadings]):
@@ -68,11 +71,11 @@ class StepReadings(Mapping[str, RequestReadings]):
         self._spans = spans
 
     def __getitem__(self, request_id: str) -> RequestReadings:
-        first, start, end, guarded = self._spans[request_id]
+        first, start, end, guarded, broken = self._spans[request_id]
         rows = self._table[start:end]
         scores = rows[:, : -len(Marks._fields)].view(np.float32)
         clamped = rows[:, -len(Marks._fields)]
-        return RequestReadings(first, scores, clamped, guarded)
+        return RequestReadings(first, scores, clamped, guarded, broken)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._spans)

@@ -8,6 +8,7 @@ API servers ask every engine now and then which generation is current.
 import asyncio
 import json
 import logging
+import math
 import os
 import signal
 import time
@@ -25,7 +26,7 @@ from guard.policy import PolicyFile, parse_policy, read_policy
 from vllm_guard import context
 from vllm_guard.reload import Offer, adopt, write_notice
 
-__all__ = ["WAIT_SECONDS", "Outcome", "Rollout", "read_keys"]
+__all__ = ["WAIT_SECONDS", "Outcome", "Rollout", "await_answer", "read_keys"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ _WATCH_SECONDS = 1.0
 _RETRY_SECONDS = 0.05
 _FOLLOWED_SECONDS = 10.0
 """How long an answer waits for the other API servers."""
+_PAUSE_SECONDS = 0.1
 
 Result = Literal["success", "refused", "busy"]
 """`busy` is a refusal that has nothing to do with the file: later it may succeed."""
@@ -70,6 +72,31 @@ def read_keys(args: Namespace, policy_file: PolicyFile) -> KeyRing:
     return KeyRing(policy_file.tenants, accepted=[key for key in given if key])
 
 
+async def await_answer(
+    client: Any, question: asyncio.Future[Any], *, seconds: float = math.inf
+) -> Any:
+    """Return what engines answer, or do not wait for it any longer.
+
+    vLLM never answers for an engine that died; whoever waited for it would keep the
+    server, which waits for every request, from ending.
+
+    Args:
+        client: vLLM's engine client.
+        question: A call on its way to them; left alone where it is not answered.
+        seconds: How long they may take.
+
+    Raises:
+        TimeoutError: They are dead, or did not answer in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not question.done():
+        if getattr(client, "errored", False) or time.monotonic() > deadline:
+            message = "The engines are dead, or did not answer in time."
+            raise TimeoutError(message)
+        await asyncio.wait({question}, timeout=_PAUSE_SECONDS)
+    return question.result()
+
+
 class Rollout:
     """The reloads of one API server."""
 
@@ -80,7 +107,7 @@ class Rollout:
             client: vLLM's engine client.
             args: Of `vllm serve`, for the keys that it accepts.
         """
-        self._core = client.engine_core
+        self._client = client
         self._args = args
         self._rank = max(client.vllm_config.parallel_config._api_process_rank, 0)
         self._path = Path(os.environ[context.POLICY_VARIABLE])
@@ -264,11 +291,21 @@ class Rollout:
             await asyncio.sleep(_WATCH_SECONDS)
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
-        """Return what each engine answers to a utility call."""
-        if hasattr(self._core, "call_utility_all_async"):
-            answers: list[Any] = await self._core.call_utility_all_async(method, *args)
-            return answers
-        return [await self._core.call_utility_async(method, *args)]
+        """Return what each engine answers to a utility call.
+
+        Raises:
+            TimeoutError: One of them died.
+        """
+        core = self._client.engine_core
+        to_all = hasattr(core, "call_utility_all_async")
+        call = core.call_utility_all_async if to_all else core.call_utility_async
+        question = asyncio.ensure_future(call(method, *args))
+        try:
+            found = await await_answer(self._client, question)
+        finally:
+            question.cancel()
+        answers: list[Any] = found if to_all else [found]
+        return answers
 
 
 def _look_at(path: Path) -> tuple[int, ...] | None:

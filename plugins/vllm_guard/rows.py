@@ -33,6 +33,7 @@ DRILL_KEY = "guard_drill"
 """Key of the number of a drill there, set alike."""
 _FIRED = Marks._fields.index("fired") - len(Marks._fields)
 _VISITS = Marks._fields.index("visits") - len(Marks._fields)
+_BROKEN = Marks._fields.index("broken") - len(Marks._fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +224,19 @@ class StepRows:
         """Rows of the step that belong to a request."""
         return sum(request.num_rows for request in self._requests)
 
+    def mark_broken(self, hidden_states: Tensor) -> None:
+        """Mark the rows that the model could not make sense of.
+
+        What is not finite anywhere in a row's stream is so at its end; a sum tells it
+        in one pass.
+
+        Args:
+            hidden_states: What the model returned, `[num_tokens, d_model]`, or more
+                rows than the step has.
+        """
+        sums = hidden_states[: self.num_rows].sum(1, dtype=torch.float32)
+        self.step.marks_of(self.num_rows).broken.copy_(~sums.isfinite())
+
     def finish(self) -> StepReadings:
         """Return the step's readings and leave every row to nobody."""
         num_rows = self.num_rows
@@ -232,7 +246,9 @@ class StepRows:
         own = read.to("cpu", copy=True).numpy()
         prefixes = self._read_prefixes()
         spans, pieces, row, end = {}, [], 0, 0
-        for request, guarded in zip(self._requests, self._count(own), strict=True):
+        guarded = self._count(own[:, _VISITS] == self.num_hooks)
+        broken = self._count(own[:, _BROKEN] != 0)
+        for index, request in enumerate(self._requests):
             share = slice(row, row + request.num_rows)
             prefix = prefixes.get(request.id)
             if prefix is not None:
@@ -243,27 +259,28 @@ class StepRows:
                 first=request.first - (0 if prefix is None else len(prefix)),
                 start=end,
                 end=end + length,
-                guarded=guarded,
+                guarded=guarded[index],
+                broken=broken[index],
             )
             row, end = share.stop, end + length
         self._forget(num_rows)
         return StepReadings(np.concatenate(pieces) if prefixes else own, spans)
 
-    def _count(self, own: npt.NDArray[np.int32]) -> list[int]:
-        """Return how many rows of each request passed every hook."""
-        if not self._requests:
-            return []
+    def _count(self, rows: npt.NDArray[np.bool_]) -> list[int]:
+        """Return how many of some rows of the step are each request's."""
+        if not rows.any():
+            return [0] * len(self._requests)
         ends = np.cumsum([request.num_rows for request in self._requests])
-        passed = (own[:, _VISITS] == self.num_hooks).astype(np.int64)
-        counts: list[int] = np.add.reduceat(passed, [0, *ends[:-1]]).tolist()
+        starts = [0, *ends[:-1]]
+        counts: list[int] = np.add.reduceat(rows.astype(np.int64), starts).tolist()
         return counts
 
     def _read_prefixes(self) -> dict[str, npt.NDArray[np.int32]]:
         """Return the readings kept for the prefix of each request just admitted.
 
         After the step: a neighbour may have computed this prefix within it. What
-        precedes a position that missed a hook is left out with it, so that the request
-        stands on tokens whose scores are not known.
+        precedes a position that missed a hook, or is broken, is left out with it, so
+        that the request stands on tokens whose scores are not known.
         """
         if self._kept is None:
             return {}
@@ -284,9 +301,10 @@ class StepRows:
         }
 
     def _find_guarded_tail(self, prefix: npt.NDArray[np.int32]) -> int:
-        """Return the first position from which on every row passed every hook."""
-        missed = np.flatnonzero(prefix[:, _VISITS] != self.num_hooks)
-        return int(missed[-1]) + 1 if len(missed) else 0
+        """Return the first position from which on every row is whole."""
+        missed = (prefix[:, _VISITS] != self.num_hooks) | (prefix[:, _BROKEN] != 0)
+        found = np.flatnonzero(missed)
+        return int(found[-1]) + 1 if len(found) else 0
 
     def _on_device(self, slots: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(slots).to(self.step.marks.device)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from guard.errors import EngineError
-from vllm_guard import context, ops, ranks
+from vllm_guard import context, ops, ranks, residue
 from vllm_guard.patch import wrap
 from vllm_guard.readings import attach
 from vllm_guard.rows import (
@@ -47,6 +47,7 @@ def _update_states(
     A hybrid model's partial prefix hits are copied to blocks of their own.
     """
     rows = context.get().rows
+    residue.prepare(runner, scheduler_output)
     if rows is not None:
         rows.release(scheduler_output.finished_req_ids)
         rows.release(scheduler_output.preempted_req_ids or ())
@@ -166,12 +167,15 @@ def sample_tokens(
     original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Send the step's readings along with its tokens."""
-    ran = runner.execute_model_state is not None
+    state, rows = runner.execute_model_state, context.get().rows
+    if state is None or rows is None:
+        return original(runner, *args, **kwargs)
+    if state.hidden_states is not None:  # as V2 has it in a pipeline, but for its end
+        # Before drafts are made, which may take the memory it lies in.
+        rows.mark_broken(state.hidden_states)
     output = original(runner, *args, **kwargs)
-    rows = context.get().rows
-    if ran and rows is not None:
-        ranks.agree(rows)
-        if (recorder := context.get().recorder) is not None:
-            recorder.close_step(rows.requests)
-        attach(output, rows.finish(), ops.take_seconds())
+    ranks.agree(rows)
+    if (recorder := context.get().recorder) is not None:
+        recorder.close_step(rows.requests)
+    attach(output, rows.finish(), ops.take_seconds())
     return output

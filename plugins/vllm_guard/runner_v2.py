@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_guard import context, runner_v1
+from vllm_guard import context, residue, runner_v1
 from vllm_guard.patch import wrap
 from vllm_guard.rows import (
     StepRequest,
@@ -52,6 +52,7 @@ def _add_requests(
     original: Callable[..., Any], runner: Any, scheduler_output: Any
 ) -> Any:
     rows = context.get().rows
+    residue.prepare(runner, scheduler_output)
     if rows is not None:
         bos = runner.model_config.hf_text_config.bos_token_id
         # A step without tokens comes here too, though it prepares no inputs.

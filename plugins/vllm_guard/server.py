@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken
 from guard.http.middleware import GuardMiddleware, send_error
 from guard.http.openai import error_body
 from vllm_guard import context
-from vllm_guard.rollout import WAIT_SECONDS, Rollout, read_keys
+from vllm_guard.rollout import WAIT_SECONDS, Rollout, await_answer, read_keys
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -45,7 +44,10 @@ ANSWER_VARIABLE = "GUARD_ANSWER_SECONDS"
 """How long engines may take to answer for the guard, where 10 seconds are not right: a
 step that is under way comes first."""
 _ANSWER_SECONDS = 10.0
-_PAUSE_SECONDS = 0.1
+
+
+class _SilenceError(EngineError):
+    """An engine does not answer."""
 
 
 class ServingMiddleware(GuardMiddleware):
@@ -97,7 +99,9 @@ class GuardEndpoint:
             # What is wrong with a file may name what is no business of a tenant.
             is_open = not context.get().current.policy_file.tenants
             is_admin = desk.admin.admits(request.headers.get(ADMIN_HEADER))
-            said["last_reload"] = await self._tell_last(with_reason=is_open or is_admin)
+            if said["engines"] is not None:
+                await self._follow()
+            said["last_reload"] = self._tell_last(with_reason=is_open or is_admin)
             return JSONResponse(said)
 
         @app.get("/guard/drills")
@@ -138,19 +142,23 @@ class GuardEndpoint:
         """Check the engines; in the midst of a reload, once more after it."""
         try:
             await check_engines(self._client)
+        except _SilenceError:
+            raise
         except EngineError:
-            if self._rollout is None:
-                raise
-            with contextlib.suppress(Exception):  # what is wrong, the check says
-                await self._rollout.follow()
+            await self._follow()
             await check_engines(self._client)
 
-    async def _tell_last(self, *, with_reason: bool) -> dict[str, Any] | None:
+    async def _follow(self) -> None:
+        """Catch up with the engines; what is wrong with them, others say."""
+        if self._rollout is not None:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(_answer_seconds()):
+                    await self._rollout.follow()
+
+    def _tell_last(self, *, with_reason: bool) -> dict[str, Any] | None:
         """Return the outcome of the last reload, if there was one."""
         if self._rollout is None:
             return None
-        with contextlib.suppress(Exception):  # the status says so of the engines
-            await self._rollout.follow()
         told = self._rollout.last
         if told is None or with_reason:
             return told
@@ -208,7 +216,7 @@ async def ask_engines(client: Any) -> list[list[dict[str, Any]]]:
     """Return what each engine's core and workers say, one list per engine.
 
     One question at a time, which all who ask meanwhile share: an engine that hangs is
-    not left with a queue of them. vLLM never answers for one that died.
+    not left with a queue of them.
 
     Raises:
         TimeoutError: They did not answer in time, or are dead.
@@ -216,15 +224,14 @@ async def ask_engines(client: Any) -> list[list[dict[str, Any]]]:
     question = getattr(client, "guard_question", None)
     if question is None or question.done():
         question = client.guard_question = asyncio.ensure_future(_ask(client))
-    seconds = float(os.environ.get(ANSWER_VARIABLE) or _ANSWER_SECONDS)
-    deadline = time.monotonic() + seconds
-    while not question.done():
-        if getattr(client, "errored", False) or time.monotonic() > deadline:
-            message = "The engines are dead, or did not answer in time."
-            raise TimeoutError(message)
-        await asyncio.wait({question}, timeout=_PAUSE_SECONDS)
-    answers: list[list[dict[str, Any]]] = question.result()
+    answers: list[list[dict[str, Any]]] = await await_answer(
+        client, question, seconds=_answer_seconds()
+    )
     return answers
+
+
+def _answer_seconds() -> float:
+    return float(os.environ.get(ANSWER_VARIABLE) or _ANSWER_SECONDS)
 
 
 async def _ask(client: Any) -> list[list[dict[str, Any]]]:
@@ -247,7 +254,7 @@ async def check_engines(client: Any) -> None:
         engines = await ask_engines(client)
     except TimeoutError as error:
         message = "An engine does not answer for the guard: it hangs, or is dead."
-        raise EngineError(message) from error
+        raise _SilenceError(message) from error
     except Exception as error:  # vLLM raises bare Exceptions for a failed call
         message = (
             "A worker does not answer for the guard; expected the plugin loaded in "

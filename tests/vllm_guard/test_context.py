@@ -1,5 +1,6 @@
 """One process's state: entered once, the same in every process, and forgotten."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -272,3 +273,16 @@ def test_a_recording_process_needs_no_calibration_or_certificate_and_watches_not
     assert len(state.current.policy_file.policies["default"].clamps) == 2
     context.reset()
     assert "GUARD_RECORD" not in os.environ
+
+
+@pytest.mark.parametrize("own", [logging.NOTSET, logging.ERROR])
+def test_warnings_are_seen_though_vllm_quietens_the_root_logger(
+    own: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("", "guard", "vllm_guard")
+    for name, level in zip(names, (logging.ERROR, own, own), strict=True):
+        monkeypatch.setattr(logging.getLogger(name), "level", level)
+    context.keep_warnings()
+    wanted = own or logging.WARNING
+    for name in ("guard.policy", "vllm_guard.board"):
+        assert logging.getLogger(name).getEffectiveLevel() == wanted

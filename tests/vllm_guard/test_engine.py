@@ -266,7 +266,9 @@ class FakeScheduler:
         self.requests = {request.request_id: request for request in requests}
         self.evicted: set[int] = set()
         self.kv_cache_manager = SimpleNamespace(
-            get_block_ids=lambda _: ([4, 5], [7]), evict_blocks=self.evicted.update
+            get_block_ids=lambda _: ([4, 5], [7]),
+            evict_blocks=self.evicted.update,
+            block_pool=SimpleNamespace(guard_residue=set()),
         )
 
     def finish_requests(self, ids: set[str], status: Any) -> None:
@@ -332,6 +334,7 @@ def run_step(
     drafts: int = 0,
     missed: int = 0,
     late: int = 0,
+    broken: int = 0,
 ) -> list[EngineCoreOutput]:
     """Let one request's rows come back from the worker, and its tokens leave.
 
@@ -342,7 +345,8 @@ def run_step(
     output = ModelRunnerOutput(["r"], {"r": 0}, [list(tokens)])
     output.prompt_logprobs_dict["r"] = None
     clamped = np.full(len(scores), 0b01, dtype=np.int32)
-    readings = RequestReadings(first, table, clamped, len(scores) - missed)
+    guarded = len(scores) - missed
+    readings = RequestReadings(first, table, clamped, guarded, broken)
     output.guard = {"r": readings}
     scheduled = schedule(len(scores), first=first + late, drafts=drafts)
     found = engine._update_from_output(hand_out, scheduler, scheduled, output)
@@ -568,6 +572,34 @@ def test_a_token_that_missed_its_hooks_ends_the_request() -> None:
     assert scheduler.evicted == {4, 5, 7}
 
 
+def test_what_is_not_finite_ends_the_request_and_stays_with_it(
+    state: context.Context,
+) -> None:
+    scheduler = start(state, prompt_length=2, policy="open")
+    pool = scheduler.kv_cache_manager.block_pool
+    (output,) = run_step(scheduler, [1.0, 1.0], first=0, tokens=[7])
+    assert scheduler.evicted == pool.guard_residue == set()
+    (output,) = run_step(scheduler, [1.0], first=2, tokens=[8], broken=1)
+    assert output.new_token_ids == []
+    assert output.stop_reason == engine.BLOCK_REASON
+    verdict = verdict_of(output)
+    assert (verdict["action"], verdict["reason"]) == ("block", "not_finite")
+    assert verdict["tokens_seen"] == 3
+    assert output.kv_transfer_params["guard"]["counted"]["not_finite"] == 1
+    assert scheduler.evicted == pool.guard_residue == {4, 5, 7}
+
+
+def test_who_only_observes_says_that_it_is_not_finite(state: context.Context) -> None:
+    scheduler = start(state, prompt_length=1, policy="open")
+    watch = scheduler.requests["r"].guard.watch
+    watch.policy = watch.policy.model_copy(update={"mode": "observe"})
+    (output,) = run_step(scheduler, [1.0], first=0, tokens=[7], broken=1)
+    assert output.new_token_ids == [7]
+    verdict = verdict_of(output)
+    assert (verdict["action"], verdict["reason"]) == ("flag", "not_finite")
+    assert scheduler.kv_cache_manager.block_pool.guard_residue == {4, 5, 7}
+
+
 @pytest.mark.usefixtures("state")
 def test_a_cached_token_without_its_scores_ends_the_request() -> None:
     scheduler = start(context.get(), prompt_length=4)
@@ -679,21 +711,22 @@ def test_what_the_guard_reads_of_a_request_is_still_there() -> None:
     assert callable(Request.take_events)
 
 
-@pytest.mark.parametrize("kind", ["unguarded", "unscored"])
+@pytest.mark.parametrize("kind", ["unguarded", "unscored", "not_finite"])
 def test_where_the_operator_lets_it_go_on_the_rest_is_judged(
     kind: str,
     write_policy: Callable[..., Path],
     clean_process: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    extra = {"unguarded": "on_error: open", "unscored": "unscored: flag"}[kind]
+    extra = "unscored: flag" if kind == "unscored" else "on_error: open"
     monkeypatch.setenv("GUARD_POLICY", str(write_policy(extra)))
     assert context.enter()
     scheduler = start(context.get(), prompt_length=3)
-    if kind == "unguarded":
-        (output,) = run_step(scheduler, [1.0] * 3, first=0, tokens=[7], missed=1)
-    else:
+    if kind == "unscored":
         (output,) = run_step(scheduler, [1.0], first=2, tokens=[7])
+    else:
+        fault = {"missed" if kind == "unguarded" else "broken": 1}
+        (output,) = run_step(scheduler, [1.0] * 3, first=0, tokens=[7], **fault)
     assert output.new_token_ids == [7]
     verdict = verdict_of(output)
     assert (verdict["action"], verdict["reason"]) == ("flag", kind)

@@ -16,11 +16,22 @@ STOP = 100
 """Tokens from here on complete a stop string."""
 
 
+class FakeRequest(list[int]):
+    """As much of vLLM's request as knows which tokens it has; it has no prompt."""
+
+    prompt_len = 0
+    logprobs_processor = None
+
+    @property
+    def detokenizer(self) -> Any:
+        return SimpleNamespace(num_output_tokens=lambda: len(self))
+
+
 class FakeProcessor:
     """As much of vLLM's processor as ends a request at a stop string."""
 
     def __init__(self, *names: str) -> None:
-        self.request_states = {name: [] for name in names}
+        self.request_states = {name: FakeRequest() for name in names}
         self.received = dict(self.request_states)
 
     def process_outputs(self, made: list[EngineCoreOutput]) -> OutputProcessorOutput:
@@ -29,9 +40,10 @@ class FakeProcessor:
             if output.request_id not in self.request_states:
                 continue
             self.received[output.request_id] += output.new_token_ids
-            if output.finish_reason or output.new_token_ids[0] >= STOP:
+            is_over = output.finish_reason is not None
+            if is_over or output.new_token_ids[0] >= STOP:
                 del self.request_states[output.request_id]
-            if output.new_token_ids[0] >= STOP:
+            if output.new_token_ids and output.new_token_ids[0] >= STOP:
                 stopped.append(output.request_id)
         return OutputProcessorOutput(list(made), stopped)
 
@@ -43,7 +55,9 @@ class FakeBoard:
         self.taken: list[tuple[Any, int]] = []
         self.counted = 0
         self.finished: list[Any] = []
+        self.errors: list[str] = []
         self.finish = self.finished.append
+        self.metrics = SimpleNamespace(count_error=self.errors.append)
 
     def take(self, request: Any, progress: Progress) -> None:
         self.taken.append((request, progress.verdict["tokens_seen"]))
@@ -159,3 +173,19 @@ def test_a_choice_is_counted_once_though_its_family_is_ended_with_it(
         begin(processor, name)
     assert leave(processor, "parent") == ["0_parent", "1_parent"]
     assert count(registry, "default") == 2
+
+
+def test_a_verdict_that_is_behind_its_tokens_vouches_for_none_of_them(
+    state: context.Context,
+) -> None:
+    state.board = FakeBoard()
+    processor = FakeProcessor("slow", "neighbour")
+    for token in (0, 1):
+        made = [make_output("slow", token), make_output("neighbour", token)]
+        outputs._process_outputs(FakeProcessor.process_outputs, processor, made)
+    made = [make_output("slow", 1), make_output("neighbour", 2)]
+    result = outputs._process_outputs(FakeProcessor.process_outputs, processor, made)
+    assert processor.received == {"slow": [0, 1], "neighbour": [0, 1, 2]}
+    assert made[0].finish_reason is FinishReason.ERROR
+    assert result.reqs_to_abort == ["slow"]
+    assert state.board.errors == ["engine"]

@@ -1,5 +1,6 @@
 """Every row finds its request, and every request its readings."""
 
+import math
 import random
 from collections import deque
 from dataclasses import dataclass, field
@@ -160,6 +161,29 @@ def test_a_prefix_that_missed_a_hook_is_not_taken_for_read() -> None:
     reading = read_on(rows, [20, 21, 22, 23])
     assert reading.first == 2
     assert reading.scores[:, 0].tolist() == [7, 9, 6]
+
+
+@pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_in_the_end_is_broken_and_no_other(
+    what: float,
+) -> None:
+    rows = make_rows()
+    rows.begin([share("a", 2), share("b", 1)], kv_slots=slots(0, 1, 2))
+    compute(rows, [1, 2, 3])
+    hidden_states = torch.ones(5, 8, dtype=torch.bfloat16)
+    hidden_states[1, 6] = hidden_states[3, 0] = what  # one row more than there are
+    rows.mark_broken(hidden_states)
+    readings = rows.finish()
+    assert [(r.guarded, r.broken) for r in readings.values()] == [(2, 1), (1, 0)]
+
+
+def test_a_prefix_that_was_broken_is_not_taken_for_read() -> None:
+    rows = make_rows()
+    rows.begin([share("a", 4)], kv_slots=slots(20, 21, 22, 23))
+    compute(rows, [3, 5, 7, 9])
+    rows.mark_broken(torch.tensor([[0.0], [math.nan], [0.0], [0.0]]))
+    rows.finish()
+    assert read_on(rows, [20, 21, 22, 23]).first == 2
 
 
 def test_a_prefix_that_nothing_ever_computed_is_not_taken_for_read() -> None:

@@ -24,6 +24,7 @@ class FakeRunner:
         self.model_config = SimpleNamespace(
             hf_text_config=SimpleNamespace(bos_token_id=BOS)
         )
+        self.device = torch.device("cpu")
         self.requests: dict[str, Any] = {}
         self.execute_model_state: object | None = None
         table = SimpleNamespace(
@@ -73,6 +74,7 @@ def make_output(
         "finished_req_ids": set(),
         "preempted_req_ids": None,
         "kv_cache_block_copies": None,
+        "new_block_ids_to_zero": None,
     }
     return SimpleNamespace(**(wanted | values))
 
@@ -170,9 +172,11 @@ def test_readings_ride_on_the_output_of_the_step(
     runner = FakeRunner()
     runner.put("a", first=0, start=9, blocks=[0])
     prepare(runner, make_output(new=("a",)), [2])
-    runner.execute_model_state = object()
+    hidden_states = torch.tensor([[1.0, 2.0], [1.0, torch.nan]])
+    runner.execute_model_state = SimpleNamespace(hidden_states=hidden_states)
     output = runner_v1.sample_tokens(lambda *_: SimpleNamespace(), runner, None)
     assert output.guard["a"].scores.shape == (2, rows.step.scores.shape[1])
+    assert output.guard["a"].broken == 1
     inner = SimpleNamespace()
     prepare(runner, make_output(), [2])
     outer = SimpleNamespace(_model_runner_output=inner)
@@ -310,7 +314,7 @@ def test_the_first_runner_still_is_what_the_adapter_was_written_for(
     from vllm.v1.worker.block_table import BlockTable
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_input_batch import InputBatch
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 
     wrapped: list[tuple[type, str]] = []
     monkeypatch.setattr(
@@ -330,6 +334,7 @@ def test_the_first_runner_still_is_what_the_adapter_was_written_for(
     assert found == ["self", "scheduler_output"]
     found = list(inspect.signature(GPUModelRunner._dummy_run).parameters)
     assert found[1] == "num_tokens"
+    assert "hidden_states" in ExecuteModelState._fields
     body = inspect.getsource(GPUModelRunner.execute_model)
     # Rows are known between these two, and a step without tokens ends between them.
     assert body.index("_update_states(") < body.index("_prepare_inputs(")
@@ -350,7 +355,7 @@ def test_the_first_runner_still_is_what_the_adapter_was_written_for(
         assert f"self.{name} = " in source
     fields = set(SchedulerOutput.__dataclass_fields__)
     assert fields >= {"finished_req_ids", "preempted_req_ids", "scheduled_new_reqs"}
-    assert "kv_cache_block_copies" in fields
+    assert fields >= {"kv_cache_block_copies", "new_block_ids_to_zero"}
     assert "resumed_req_ids" in CachedRequestData.__dataclass_fields__
 
 

@@ -66,6 +66,7 @@ def run_step(
                 "finished_req_ids": set(),
                 "preempted_req_ids": None,
                 "kv_cache_block_copies": None,
+                "new_block_ids_to_zero": None,
             }
             | values
         ),

@@ -1,6 +1,7 @@
 """The server opens once every rank of every engine has answered for the guard."""
 
 import asyncio
+from argparse import Namespace
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from vllm_guard import context, server
+from vllm_guard.rollout import Rollout
 
 from guard.errors import EngineError
 from guard.http.keys import AdminToken
@@ -125,8 +127,59 @@ def test_a_dead_engine_is_not_waited_for(
     asyncio.run(probe())
 
 
-def test_the_status_of_an_engine_that_hangs_says_so(hung: Any) -> None:
-    assert asyncio.run(server.describe(hung, ["open"]))["engines"] is None
+def follow(client: Any) -> Rollout:
+    """Return the reloads of a server whose engines are a client's."""
+    parallel = SimpleNamespace(_api_process_rank=-1)
+    client.vllm_config = SimpleNamespace(parallel_config=parallel)
+    return Rollout(client, Namespace(api_key=None))
+
+
+@pytest.mark.parametrize(
+    ("route", "status", "said"),
+    [("ready", 503, {"ready": False}), ("status", 200, {"engines": None})],
+)
+def test_who_asks_about_an_engine_that_hangs_is_answered(
+    route: str,
+    status: int,
+    said: dict[str, Any],
+    hung: Any,
+    state: context.Context,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastapi import FastAPI
+
+    desk = SimpleNamespace(admin=AdminToken(None), offer=lambda _key: ["open"])
+    monkeypatch.setattr(state, "board", SimpleNamespace(desk=desk))
+    endpoint, app = server.GuardEndpoint(), FastAPI()
+    endpoint.attach_router(app)
+
+    async def ask() -> httpx.Response:
+        endpoint._client, endpoint._rollout = hung, follow(hung)
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://guard"
+        ) as client:
+            return await asyncio.wait_for(client.get(f"/guard/{route}"), 5)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == status
+    assert said.items() <= answer.json().items()
+
+
+def test_a_reload_does_not_wait_for_an_engine_that_died(
+    hung: Any, state: context.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = SimpleNamespace(oldest_generation=1)
+    monkeypatch.setattr(state, "board", SimpleNamespace(desk=desk))
+
+    async def wait() -> None:
+        waiting = asyncio.ensure_future(follow(hung).follow())
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        hung.errored = True
+        with pytest.raises(TimeoutError, match="dead, or did not answer"):
+            await asyncio.wait_for(asyncio.shield(waiting), 5)
+
+    asyncio.run(wait())
 
 
 def test_status_says_which_certificate_a_policy_has_or_none(
