@@ -234,3 +234,17 @@ def test_reloads_are_counted_by_what_became_of_them(metrics, registry):
     assert (read("success"), read("refused"), last()) == (1, 1, 1)
     at = "guard_policy_last_reload_success_timestamp_seconds"
     assert abs(registry.get_sample_value(at) - time.time()) < 60
+
+
+def test_readiness_age_and_the_audit_log_are_shown(metrics, registry):
+    def read(name, **labels):
+        return registry.get_sample_value(f"guard_{name}", labels)
+
+    metrics.show_ready(ready=True)
+    metrics.show_snapshot_age(3.5)
+    assert (read("ready"), read("snapshot_age_seconds")) == (1, 3.5)
+    metrics.show_ready(ready=False)
+    assert read("ready") == 0
+    metrics.count_audit("dropped")
+    results = ("written", "dropped", "failed")
+    assert [read("audit_events_total", result=r) for r in results] == [0, 1, 0]

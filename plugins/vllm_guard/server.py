@@ -11,16 +11,20 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guard import __version__
+from guard.audit import AuditLog
 from guard.certificate import Attestation
 from guard.errors import EngineError
 from guard.http.desk import DRILLS_OFF, NO_ADMIN, NO_RELOAD, RELOAD_OFF
 from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken
 from guard.http.middleware import GuardMiddleware, send_error
 from guard.http.openai import error_body
+from guard.metrics import Metrics
 from vllm_guard import context
+from vllm_guard.pulse import Pulse
 from vllm_guard.rollout import WAIT_SECONDS, Rollout, read_keys
 
 if TYPE_CHECKING:
@@ -75,6 +79,7 @@ class GuardEndpoint:
         """Know no engine yet; `init_state` brings it."""
         self._client: Any = None
         self._rollout: Rollout | None = None
+        self._pulse: Pulse | None = None
 
     def attach_router(self, app: "FastAPI") -> None:
         """Add `/guard/ready`, `/guard/status`, `/guard/drills`, `/guard/reload`."""
@@ -138,8 +143,9 @@ class GuardEndpoint:
         """Check the engines; in the midst of a reload, once more after it."""
         try:
             await check_engines(self._client)
-        except EngineError:
-            if self._rollout is None:
+        except EngineError as error:
+            # Whoever does not answer would not say how far a reload is, either.
+            if self._rollout is None or isinstance(error.__cause__, TimeoutError):
                 raise
             with contextlib.suppress(Exception):  # what is wrong, the check says
                 await self._rollout.follow()
@@ -150,7 +156,8 @@ class GuardEndpoint:
         if self._rollout is None:
             return None
         with contextlib.suppress(Exception):  # the status says so of the engines
-            await self._rollout.follow()
+            async with asyncio.timeout(_answer_seconds()):
+                await self._rollout.follow()
         told = self._rollout.last
         if told is None or with_reason:
             return told
@@ -163,7 +170,7 @@ class GuardEndpoint:
 
         Raises:
             EngineError: One of them is not, or is guarded by another policy file; or
-                the administrator's token is none.
+                the administrator's token is none; or the audit log cannot be written.
             PolicyError: The key of a tenant is not among the server's.
         """
         self._client = engine_client
@@ -171,6 +178,7 @@ class GuardEndpoint:
         with context.reporting():
             board.desk.keys = read_keys(args, context.get().start.policy_file)
             board.desk.admin = read_admin()
+            board.audit = open_audit(engine_client, board.metrics)
         await check_engines(engine_client)
         if context.get().start.policy_file.on_error == "open":
             logger.warning(
@@ -179,6 +187,8 @@ class GuardEndpoint:
         self._rollout = Rollout(engine_client, args)
         self._rollout.start()
         board.ready = True
+        self._pulse = Pulse(engine_client, check_engines, metrics=board.metrics)
+        self._pulse.start()
 
 
 def read_admin() -> AdminToken:
@@ -188,6 +198,19 @@ def read_admin() -> AdminToken:
         EngineError: It is too short.
     """
     return AdminToken(os.environ.get(ADMIN_VARIABLE))
+
+
+def open_audit(client: Any, metrics: Metrics) -> AuditLog | None:
+    """Open this API server's audit log, where the operator wants one.
+
+    Raises:
+        EngineError: It cannot be written.
+    """
+    path = os.environ.get(context.AUDIT_VARIABLE)
+    if not path:
+        return None
+    rank = client.vllm_config.parallel_config._api_process_rank
+    return AuditLog(Path(path), metrics, rank=max(rank, 0))
 
 
 def list_drills() -> list[dict[str, Any]]:
@@ -216,15 +239,19 @@ async def ask_engines(client: Any) -> list[list[dict[str, Any]]]:
     question = getattr(client, "guard_question", None)
     if question is None or question.done():
         question = client.guard_question = asyncio.ensure_future(_ask(client))
-    seconds = float(os.environ.get(ANSWER_VARIABLE) or _ANSWER_SECONDS)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + _answer_seconds()
     while not question.done():
         if getattr(client, "errored", False) or time.monotonic() > deadline:
             message = "The engines are dead, or did not answer in time."
             raise TimeoutError(message)
         await asyncio.wait({question}, timeout=_PAUSE_SECONDS)
     answers: list[list[dict[str, Any]]] = question.result()
+    client.guard_answered = time.monotonic()
     return answers
+
+
+def _answer_seconds() -> float:
+    return float(os.environ.get(ANSWER_VARIABLE) or _ANSWER_SECONDS)
 
 
 async def _ask(client: Any) -> list[list[dict[str, Any]]]:

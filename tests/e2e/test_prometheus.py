@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import time
 import urllib.parse
@@ -102,11 +101,8 @@ def test_a_real_prometheus_answers_for_the_tokens_that_were_guarded(
 
 
 def test_every_guard_metric_follows_the_conventions(
-    toy_server: Server,
+    toy_server: Server, promtool: str
 ) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("no promtool on the PATH")
     lines = toy_server.get("/metrics").splitlines(keepends=True)
     own = [line for line in lines if re.match(r"(# (HELP|TYPE) )?guard_", line)]
     judged = subprocess.run(
@@ -163,6 +159,12 @@ def test_a_clamp_counts_the_tokens_that_a_client_reads_of(toy_server: Server) ->
     clamped = answer.guard["clamped_tokens"]["hold"]  # type: ignore[attr-defined]
     assert clamped > 0
     assert toy_server.metrics()[series] == before + clamped
+
+
+def test_the_engines_are_asked_without_any_request(toy_server: Server) -> None:
+    samples = toy_server.metrics()
+    assert samples["guard_ready"] == 1
+    assert 0 <= samples["guard_snapshot_age_seconds"] < 30
 
 
 def test_the_time_of_a_hook_is_sampled(toy_server: Server) -> None:
