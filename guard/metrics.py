@@ -77,6 +77,8 @@ class Metrics:
         self._declare_reloads(registry)
         self._declare_faults(registry)
         self._declare_infos(registry)
+        # What the model was hooked at stays, whatever a reload brings.
+        self._hook_points.set(len(policy_file.hook_points))
         self._told: set[tuple[Gauge, tuple[str, ...]]] = set()
         self.show_policies(
             policy_file,
@@ -317,6 +319,12 @@ class Metrics:
             "guard_hook_seconds",
             "Sampled time of one hook over the rows of a step, on the host's clock.",
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self._hook_points = Gauge(
+            "guard_hook_points",
+            "Hooks that every step passes.",
+            multiprocess_mode="max",
             registry=registry,
         )
 

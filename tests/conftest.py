@@ -30,13 +30,13 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def prometheus_binary() -> str:
     """The path of a Prometheus server."""
     return find_binary("prometheus")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def promtool() -> str:
     """The path of what checks rules and metrics for Prometheus."""
     return find_binary("promtool")

@@ -1,5 +1,7 @@
 """What queries of dashboards and rules ask for, and what the guard declares."""
 
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import promql_parser
@@ -48,3 +50,17 @@ def selected_names(query: str) -> set[str]:
 
     visit(promql_parser.parse(query))
     return names
+
+
+def list_targets(dashboard: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the title of each panel with each of its expressions."""
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            yield panel["title"], target["expr"]
+
+
+def fill_in(expression: str, *, window: str) -> str:
+    """Return an expression as Grafana sends it, all servers chosen."""
+    for name in ("__rate_interval", "__range"):
+        expression = expression.replace(f"${name}", window)
+    return re.sub(r"\$\w+", ".*", expression)

@@ -30,6 +30,7 @@ def metrics(registry) -> Metrics:
     policy_file: Any = SimpleNamespace(
         policies={"default": make_policy("enforce"), "watch": make_policy("observe")},
         saes={"l12": SimpleNamespace(hook_point="layers.12.resid_post")},
+        hook_points=(AT,),
         on_error="closed",
     )
     return Metrics(
@@ -210,6 +211,7 @@ def test_a_reload_shows_what_is_served_now_and_keeps_what_was_counted(
         }
         assert infos == set(prints.items())
     assert read("fails_open") == 1
+    assert read("hook_points") == 1
     assert read("policy_generation") == 2
     assert read("certificate_info", policy="default", certificate="c1") is None
     assert read("sae_info", sae="l12", hook_point=AT, sha256="d1") == 1

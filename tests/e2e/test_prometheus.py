@@ -1,78 +1,22 @@
 """A real Prometheus scrapes the guard and answers for it."""
 
-import json
 import re
 import subprocess
-import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from e2e.serving import Server, free_port, stop
-
-SECONDS = 60
-
-
-def wait_for(answer: Callable[[], Any]) -> Any:
-    """Return the first true value of `answer`, or fail."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        try:
-            if value := answer():
-                return value
-        except OSError:
-            pass
-        time.sleep(0.2)
-    return pytest.fail(f"Nothing within {SECONDS} s.")
+from e2e.scraping import scraping, wait_for
+from e2e.serving import Server
 
 
 @pytest.fixture
 def query(
-    prometheus_binary: str,
-    toy_server: Server,
-    tmp_path: Path,
+    prometheus_binary: str, toy_server: Server, tmp_path: Path
 ) -> Iterator[Callable[[str], dict[str, float]]]:
     """Run a Prometheus that scrapes the server, and tell how to ask it."""
-    config = tmp_path / "prometheus.yml"
-    target = toy_server.url.removeprefix("http://")
-    config.write_text(
-        "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
-        "scrape_configs:\n"
-        f"  - {{job_name: guard, static_configs: [{{targets: ['{target}']}}]}}\n"
-    )
-    address = f"127.0.0.1:{free_port()}"
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                prometheus_binary,
-                f"--config.file={config}",
-                f"--storage.tsdb.path={tmp_path / 'data'}",
-                f"--web.listen-address={address}",
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def ask(expression: str) -> dict[str, float]:
-        words = urllib.parse.urlencode({"query": expression})
-        url = f"http://{address}/api/v1/query?{words}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            body = json.load(answer)
-        assert body["status"] == "success"
-        return {
-            ",".join(f"{k}={v}" for k, v in sorted(series["metric"].items())): float(
-                series["value"][1]
-            )
-            for series in body["data"]["result"]
-        }
-
-    yield ask
-    stop(process)
+    with scraping(prometheus_binary, toy_server, tmp_path) as ask:
+        yield ask
 
 
 def tokens_counted(server: Server) -> float:
