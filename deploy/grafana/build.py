@@ -24,7 +24,6 @@ def select(*matchers: str) -> str:
 
 ON = select()
 BLOCKED = select('action="block"')
-NOT_ALLOWED = select('action!="allow"')
 LOST = select('result!="written"')
 RATE = "[$__rate_interval]"
 ACTIONS = {"allow": GREEN, "flag": ORANGE, "block": RED}
@@ -108,29 +107,23 @@ def what_it_did() -> list[dict[str, Any]]:
     ratio = "guard_score_ratio"
     return [
         series(
-            "Requests by what was decided",
-            f"Per second; several choices of an answer count each ({requests}).",
-            [(f"sum by (action) (rate({requests}{ON}{RATE}))", "{{action}}")],
-            unit="reqps",
+            "Requests per minute, by what was decided",
+            f"Several choices of an answer count each ({requests}).",
+            [(f"60 * sum by (action) (rate({requests}{ON}{RATE}))", "{{action}}")],
             stacked=True,
             colors=ACTIONS,
         ),
         series(
-            "Flagged and blocked, by policy",
-            f"Per second ({requests}).",
-            [
-                (
-                    f"sum by (policy, action) (rate({requests}{NOT_ALLOWED}{RATE}))",
-                    "{{policy}}: {{action}}",
-                )
-            ],
-            unit="reqps",
+            "Blocked per minute, by policy",
+            f"Only of policies that enforce ({requests}).",
+            [(f"60 * sum by (policy) (rate({requests}{BLOCKED}{RATE}))", "{{policy}}")],
+            stacked=True,
         ),
         series(
-            "Alarms by monitor",
-            f"Per second, at most one of a monitor in a request ({alarms}).",
-            [(f"sum by (monitor) (rate({alarms}{ON}{RATE}))", "{{monitor}}")],
-            unit="reqps",
+            "Alarms per minute, by monitor",
+            f"At most one of a monitor in a request, flag or block ({alarms}).",
+            [(f"60 * sum by (monitor) (rate({alarms}{ON}{RATE}))", "{{monitor}}")],
+            stacked=True,
         ),
         series(
             "Score over threshold, 95 % of requests",
@@ -140,8 +133,8 @@ def what_it_did() -> list[dict[str, Any]]:
             line=1.0,
         ),
         series(
-            "Clamped tokens by clamp",
-            "Tokens per second that a clamp changed (guard_clamped_tokens_total).",
+            "Clamped tokens per second, by clamp",
+            "What a clamp changed (guard_clamped_tokens_total).",
             [
                 (
                     f"sum by (clamp) (rate(guard_clamped_tokens_total{ON}{RATE}))",
@@ -177,8 +170,8 @@ def what_it_costs() -> list[dict[str, Any]]:
             unit="s",
         ),
         series(
-            "Guarded tokens",
-            "Tokens per second that passed the hooks (guard_tokens_total).",
+            "Guarded tokens per second",
+            "What passed the hooks (guard_tokens_total).",
             [(f"sum by (phase) (rate(guard_tokens_total{ON}{RATE}))", "{{phase}}")],
             stacked=True,
         ),
@@ -207,27 +200,17 @@ def what_is_loaded() -> list[dict[str, Any]]:
     return [
         series(
             "Faults",
-            "Per second, all of them 0 when all is well (guard_errors_total, "
+            "In ten minutes; all of them 0 when all is well (guard_errors_total, "
             "guard_unscored_tokens_total, guard_requests_let_through_total, "
             "guard_audit_events_total).",
             [
-                (
-                    f"sum by (component) (rate(guard_errors_total{ON}{RATE}))",
-                    "error: {{component}}",
-                ),
-                (
-                    f"sum by (reason) (rate(guard_unscored_tokens_total{ON}{RATE}))",
-                    "unscored: {{reason}}",
-                ),
-                (
-                    "sum by (fault) "
-                    f"(rate(guard_requests_let_through_total{ON}{RATE}))",
-                    "let through: {{fault}}",
-                ),
-                (
-                    f"sum by (result) (rate(guard_audit_events_total{LOST}{RATE}))",
-                    "audit: {{result}}",
-                ),
+                (f"sum(increase({metric}{servers}[10m]))", legend)
+                for metric, servers, legend in (
+                    ("guard_errors_total", ON, "errors"),
+                    ("guard_unscored_tokens_total", ON, "unscored tokens"),
+                    ("guard_requests_let_through_total", ON, "let through"),
+                    ("guard_audit_events_total", LOST, "not in the audit log"),
+                )
             ],
         ),
         series(

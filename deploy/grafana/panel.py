@@ -5,6 +5,8 @@ from typing import Any
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 GREEN, ORANGE, RED, BLUE = "green", "orange", "red", "blue"
+NOTHING = {"null": ("no data", "#6e6e6e")}
+"""What is not known is no zero."""
 
 Query = tuple[str, str]
 """An expression, and the legend of its series."""
@@ -32,7 +34,7 @@ def stat(
         decimals: How many are shown.
     """
     mappings: list[dict[str, Any]] = []
-    for value, (text, color) in (words or {}).items():
+    for value, (text, color) in (NOTHING | dict(words or {})).items():
         result = {"text": text, "color": color}
         if value == "null":
             options: dict[str, Any] = {"match": "null", "result": result}
@@ -65,7 +67,6 @@ def series(
     stacked: bool = False,
     colors: Mapping[str, str] | None = None,
     line: float | None = None,
-    log: bool = False,
 ) -> dict[str, Any]:
     """Return curves over time.
 
@@ -77,12 +78,12 @@ def series(
         stacked: Whether they add up.
         colors: Of curves, by legend.
         line: Where a threshold is drawn.
-        log: Whether the axis is logarithmic.
     """
     custom: dict[str, Any] = {
         "lineWidth": 1,
-        "fillOpacity": 40 if stacked else 8,
+        "fillOpacity": 40 if stacked else 0,
         "showPoints": "never",
+        "axisSoftMax": 1 if unit == "short" else None,  # nothing is no mountain
         "stacking": {"mode": "normal" if stacked else "none", "group": "A"},
     }
     defaults: dict[str, Any] = {
@@ -91,9 +92,6 @@ def series(
         "color": {"mode": "palette-classic"},
         "custom": custom,
     }
-    if log:
-        del defaults["min"]
-        custom["scaleDistribution"] = {"type": "log", "log": 10}
     if line is not None:
         custom["thresholdsStyle"] = {"mode": "dashed"}
         defaults["thresholds"] = _thresholds({0: "transparent", line: RED})
