@@ -71,7 +71,7 @@ def at_a_glance() -> list[dict[str, Any]]:
             decimals=0,
         ),
         stat(
-            "Blocked",
+            "Blocked (time shown)",
             "Requests stopped in the time shown (guard_requests_total).",
             f"sum(increase(guard_requests_total{BLOCKED}[$__range]))",
             steps={0: BLUE},
@@ -235,7 +235,8 @@ def what_is_loaded() -> list[dict[str, Any]]:
             "More than one fingerprint of a policy: replicas differ "
             "(guard_policy_info).",
             f"count by (policy, fingerprint) (guard_policy_info{ON} == 1)",
-            ["policy", "fingerprint", "Value"],
+            ["policy", "fingerprint"],
+            value="servers",
         ),
     ]
 

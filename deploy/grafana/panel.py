@@ -113,20 +113,25 @@ def series(
 
 
 def table(
-    title: str, about: str, expression: str, columns: Sequence[str]
+    title: str, about: str, expression: str, columns: Sequence[str], *, value: str
 ) -> dict[str, Any]:
-    """Return a table of labels, one row a series.
+    """Return a table of labels and a value, one row a series.
 
     Args:
         title: Of the panel.
         about: What it shows, with the name of its metric.
         expression: Whose series are the rows.
         columns: Labels, in order.
+        value: What the value is called.
     """
     panel = _panel("table", title, about, [(expression, "")], {}, {"showHeader": True})
     panel["targets"][0] |= {"format": "table", "instant": True, "range": False}
-    keep = {"include": {"names": list(columns)}}
-    order = {"indexByName": {name: n for n, name in enumerate(columns)}}
+    names = [*columns, "Value"]
+    keep = {"include": {"names": names}}
+    order = {
+        "indexByName": {name: n for n, name in enumerate(names)},
+        "renameByName": {"Value": value},
+    }
     panel["transformations"] = [
         {"id": "filterFieldsByName", "options": keep},
         {"id": "organize", "options": order},

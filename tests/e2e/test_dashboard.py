@@ -99,7 +99,7 @@ def test_what_is_seen_in_five_seconds_is_true(query: Ask, server: Server) -> Non
         (number,) = query(fill_in(expression, window=WINDOW)).values()
         return number
 
-    wait_for(lambda: value("Blocked") > 0)
+    wait_for(lambda: value("Blocked (time shown)") > 0)
     assert value("Guard") == 1
     assert value("Servers without it") == 0
     assert value("Tokens nobody scored") == 0

@@ -83,12 +83,13 @@ function Curves({ panel, width, height }) {
 
 function Rows({ panel }) {
   const columns = panel.transformations[0].options.include.names;
+  const words = panel.transformations[1].options.renameByName;
   const cell = { textAlign: 'left', padding: '4px 8px', fontSize: 13 };
   const rows = panel.targets[0].result.map(({ metric, value }) => ({ ...metric, Value: value[1] }));
   return (
     <table style={{ width: '100%', tableLayout: 'fixed' }}>
       <thead>
-        <tr>{columns.map((name) => <th key={name} style={cell}>{name}</th>)}</tr>
+        <tr>{columns.map((name) => <th key={name} style={cell}>{words[name] ?? name}</th>)}</tr>
       </thead>
       <tbody>
         {rows.map((row, number) => (
