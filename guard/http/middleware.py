@@ -105,7 +105,8 @@ class GuardMiddleware:
         )
         try:
             sealed = seal_body(body, admission.ticket)
-            resealed = _reseal(scope, len(sealed)), _replay(sealed, receive)
+            listening = _listen(receive, responder)
+            resealed = _reseal(scope, len(sealed)), _replay(sealed, listening)
             del raw, body, sealed
             await self.app(*resealed, responder.send)
         except Exception:
@@ -171,6 +172,18 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return replay
+
+
+def _listen(receive: Receive, responder: Responder) -> Receive:
+    """Return a `receive` that also tells the responder when nobody reads any more."""
+
+    async def listen() -> Message:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            responder.client_is_gone = True
+        return message
+
+    return listen
 
 
 def _reseal(scope: Scope, length: int) -> Scope:

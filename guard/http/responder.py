@@ -60,6 +60,8 @@ class Responder:
         """
         self.failed = False
         """Whether the answer was replaced or cut because a verdict was missing."""
+        self.client_is_gone = False
+        """Whether nobody reads the answer; whoever listens to the client sets it."""
         self._send = send
         self._desk = desk
         self._admission = admission
@@ -140,6 +142,8 @@ class Responder:
             action = _write_verdicts(answer, self._verdicts(), self._kind)
             body = dump_json(answer)
         except (ValueError, KeyError, TypeError, RecursionError):
+            if self.client_is_gone:
+                return  # vLLM writes `null` then, which is no failure of the guard
             logger.exception("Request %s has no verdict.", self._admission.guard_id)
             self.failed = True
             self._start["status"] = 500
