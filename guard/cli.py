@@ -60,6 +60,10 @@ def serve(
     watch: Annotated[
         bool, typer.Option("--watch", help="Reload the policy file when it changes.")
     ] = False,
+    audit_log: Annotated[
+        Path | None,
+        typer.Option(help="Write each flagged or blocked request there, as JSON."),
+    ] = None,
 ) -> None:
     """Serve MODEL under a policy file; further options are vLLM's own."""
     try:
@@ -67,7 +71,7 @@ def serve(
     except ImportError as error:
         message = f"The vLLM plugin cannot be imported ({error}); install it anew."
         raise EngineError(message) from error
-    launch.serve(model, policy, context.args, watch=watch)
+    launch.serve(model, policy, context.args, watch=watch, audit_log=audit_log)
 
 
 @app.command()

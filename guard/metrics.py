@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from guard.policy import PolicyFile
     from guard.verdict import Verdict
 
-__all__ = ["Component", "Metrics", "Phase", "ReloadResult", "UnscoredReason"]
+__all__ = [
+    "AuditResult",
+    "Component",
+    "Metrics",
+    "Phase",
+    "ReloadResult",
+    "UnscoredReason",
+]
 
 Phase = Literal["prefill", "decode"]
 """Whether a token was read from the prompt or generated."""
@@ -33,6 +40,9 @@ computed nothing that could be scored."""
 
 ReloadResult = Literal["success", "refused"]
 """Whether a reload brought what it should, or left everything as it was."""
+
+AuditResult = Literal["written", "dropped", "failed"]
+"""Whether an event is in the audit log, found its queue full, or the disk."""
 
 _RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 _ERROR = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -68,6 +78,8 @@ class Metrics:
         self._declare_reloads(registry)
         self._declare_faults(registry)
         self._declare_infos(registry)
+        # What the model was hooked at stays, whatever a reload brings.
+        self._hook_points.set(len(policy_file.hook_points))
         self._told: set[tuple[Gauge, tuple[str, ...]]] = set()
         self.show_policies(
             policy_file,
@@ -133,6 +145,18 @@ class Metrics:
     def count_let_through(self, fault: str) -> None:
         """Count a request that was answered although something of it was not seen."""
         self._let_through.labels(fault).inc()
+
+    def count_audit(self, result: AuditResult) -> None:
+        """Count an event of the audit log, by what became of it."""
+        self._audited.labels(result).inc()
+
+    def show_ready(self, *, ready: bool) -> None:
+        """Say whether every rank of every engine is guarded, as `/guard/ready` does."""
+        self._ready.set(ready)
+
+    def show_snapshot_age(self, seconds: float) -> None:
+        """Say how long ago every engine last answered for the guard."""
+        self._snapshot_age.set(seconds)
 
     def observe_error_norm(self, ratio: float) -> None:
         """Take in |error| / |resid|."""
@@ -256,6 +280,24 @@ class Metrics:
             ["fault"],
             registry=registry,
         )
+        self._ready = Gauge(
+            "guard_ready",
+            "Whether every rank of every engine last said that it is guarded.",
+            multiprocess_mode="min",
+            registry=registry,
+        )
+        self._snapshot_age = Gauge(
+            "guard_snapshot_age_seconds",
+            "Time since every engine last answered for the guard.",
+            multiprocess_mode="max",
+            registry=registry,
+        )
+        self._audited = Counter(
+            "guard_audit_events",
+            "Flagged and blocked requests, by whether the audit log has them.",
+            ["result"],
+            registry=registry,
+        )
 
     def _declare_histograms(self, registry: CollectorRegistry) -> None:
         self._score_ratio = Histogram(
@@ -288,6 +330,12 @@ class Metrics:
             "guard_hook_seconds",
             "Sampled time of one hook over the rows of a step, on the host's clock.",
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self._hook_points = Gauge(
+            "guard_hook_points",
+            "Hooks that every step passes.",
+            multiprocess_mode="max",
             registry=registry,
         )
 
@@ -328,6 +376,8 @@ class Metrics:
             self._unscored.labels(reason)
         for fault in get_args(Fault):
             self._let_through.labels(fault)
+        for outcome in get_args(AuditResult):
+            self._audited.labels(outcome)
         self._fails_open.set(policy_file.on_error == "open")
         for name, policy in policy_file.policies.items():
             actions = ("allow", "flag", "block")

@@ -30,13 +30,24 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def prometheus_binary() -> str:
-    """The path of a Prometheus server; only CI may not do without one."""
-    beside_python = str(Path(sys.executable).parent / "prometheus")
-    binary = shutil.which("prometheus") or shutil.which(beside_python)
+    """The path of a Prometheus server."""
+    return find_binary("prometheus")
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    """The path of what checks rules and metrics for Prometheus."""
+    return find_binary("promtool")
+
+
+def find_binary(name: str) -> str:
+    """Return the path of a program of Prometheus; only CI may not do without one."""
+    beside_python = str(Path(sys.executable).parent / name)
+    binary = shutil.which(name) or shutil.which(beside_python)
     if binary is None:
-        reason = "no Prometheus on the PATH; `make test` unpacks one where apt has it"
+        reason = f"no {name} on the PATH; `make test` unpacks one where apt has it"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)

@@ -18,7 +18,7 @@ LISTED_WHOLE = (".", ".ci", "guard", "plugins", "plugins/vllm_guard")
 """Folders of which the README names every entry."""
 
 MACHINE_PATH = re.compile(rb"(?<![\w.~-])/(?:work/|home/|Users/|root/(?!v1/))")
-CONTROL_PLANE = "errors request policy certificate metrics verdict http".split()
+CONTROL_PLANE = "errors request policy certificate metrics verdict audit http".split()
 
 
 def tracked_files(root: Path) -> list[str]:

@@ -30,6 +30,7 @@ def metrics(registry) -> Metrics:
     policy_file: Any = SimpleNamespace(
         policies={"default": make_policy("enforce"), "watch": make_policy("observe")},
         saes={"l12": SimpleNamespace(hook_point="layers.12.resid_post")},
+        hook_points=(AT,),
         on_error="closed",
     )
     return Metrics(
@@ -210,6 +211,7 @@ def test_a_reload_shows_what_is_served_now_and_keeps_what_was_counted(
         }
         assert infos == set(prints.items())
     assert read("fails_open") == 1
+    assert read("hook_points") == 1
     assert read("policy_generation") == 2
     assert read("certificate_info", policy="default", certificate="c1") is None
     assert read("sae_info", sae="l12", hook_point=AT, sha256="d1") == 1
@@ -234,3 +236,17 @@ def test_reloads_are_counted_by_what_became_of_them(metrics, registry):
     assert (read("success"), read("refused"), last()) == (1, 1, 1)
     at = "guard_policy_last_reload_success_timestamp_seconds"
     assert abs(registry.get_sample_value(at) - time.time()) < 60
+
+
+def test_readiness_age_and_the_audit_log_are_shown(metrics, registry):
+    def read(name, **labels):
+        return registry.get_sample_value(f"guard_{name}", labels)
+
+    metrics.show_ready(ready=True)
+    metrics.show_snapshot_age(3.5)
+    assert (read("ready"), read("snapshot_age_seconds")) == (1, 3.5)
+    metrics.show_ready(ready=False)
+    assert read("ready") == 0
+    metrics.count_audit("dropped")
+    results = ("written", "dropped", "failed")
+    assert [read("audit_events_total", result=r) for r in results] == [0, 1, 0]

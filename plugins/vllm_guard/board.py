@@ -10,6 +10,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from guard.audit import AuditLog
 from guard.generation import Generation
 from guard.http.desk import PolicyDesk
 from guard.http.keys import KeyRing
@@ -55,6 +56,8 @@ class Board:
         """Whether every engine has said that it is guarded."""
         self._unsaid = 0
         self._silent_until = -math.inf
+        self.audit: AuditLog | None = None
+        """Where flagged and blocked requests are written down, if anywhere."""
 
     def show(self, generation: Generation, *, keys: KeyRing) -> None:
         """Let requests in under another generation, and show its series.
@@ -119,6 +122,8 @@ class Board:
             return
         verdict, progress = known
         self.metrics.finish(verdict, progress.ratios)
+        if self.audit is not None:
+            self.audit.record(verdict, _choice_of(request))
         if verdict.reason is not None and verdict.action != "block":
             self.metrics.count_let_through(verdict.reason)
             self._say_let_through(verdict)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vllm_guard.rows import StepRows
 
 __all__ = [
+    "AUDIT_VARIABLE",
     "FAULT_VARIABLE",
     "POLICY_VARIABLE",
     "RECORD_VARIABLE",
@@ -67,6 +68,8 @@ RECORD_VARIABLE = "GUARD_RECORD"
 """Set where monitors are not run but what they would see is recorded."""
 WATCH_VARIABLE = "GUARD_WATCH"
 """Set where the policy file is watched, and reloaded when it changes."""
+AUDIT_VARIABLE = "GUARD_AUDIT_LOG"
+"""File into which API servers write what was flagged or blocked; none without it."""
 FAULT_VARIABLE = "GUARD_FAULT_FILE"
 """File into which a process that cannot start writes its one line."""
 

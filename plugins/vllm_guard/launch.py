@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import ValidationError
 
+from guard.audit import check_audit_log
 from guard.check import check_origin, check_policy, load_calibrations
 from guard.errors import EngineError, GuardError
 from guard.hook import HookPoint
@@ -35,7 +36,12 @@ MIDDLEWARE = "vllm_guard.server.ServingMiddleware"
 
 
 def serve(
-    model: str, policy: Path, arguments: Sequence[str], *, watch: bool = False
+    model: str,
+    policy: Path,
+    arguments: Sequence[str],
+    *,
+    watch: bool = False,
+    audit_log: Path | None = None,
 ) -> None:
     """Serve `model` under the policies of a file, until interrupted.
 
@@ -44,6 +50,7 @@ def serve(
         policy: The policy file.
         arguments: Further arguments, vLLM's own.
         watch: Whether the policy file is reloaded when it changes.
+        audit_log: Where flagged and blocked requests are written down.
 
     Raises:
         GuardError: Something does not fit; said before or during the start.
@@ -51,7 +58,9 @@ def serve(
     policy_file = load_policy(policy)
     saes = check_policy(policy_file)
     _check_model(model)
-    _set_environment(policy, watch=watch)
+    if audit_log is not None:
+        check_audit_log(audit_log)
+    _set_environment(policy, watch=watch, audit_log=audit_log)
     # Only now: importing vLLM takes longer than all of the above.
     import vllm_guard
     from vllm_guard import compat, hook, server
@@ -85,7 +94,7 @@ def _check_model(model: str) -> None:
         raise EngineError(message)
 
 
-def _set_environment(policy: Path, *, watch: bool) -> None:
+def _set_environment(policy: Path, *, watch: bool, audit_log: Path | None) -> None:
     # A start of its own, whatever the environment brought along.
     context.reset()
     # A link stays one: what it leads to may be another file at the next reload.
@@ -93,6 +102,9 @@ def _set_environment(policy: Path, *, watch: bool) -> None:
     os.environ.pop(context.WATCH_VARIABLE, None)
     if watch:
         os.environ[context.WATCH_VARIABLE] = "1"
+    os.environ.pop(context.AUDIT_VARIABLE, None)
+    if audit_log is not None:
+        os.environ[context.AUDIT_VARIABLE] = str(audit_log.absolute())
     plugins = os.environ.get("VLLM_PLUGINS")
     names = plugins.split(",") if plugins else []
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "guard"]))

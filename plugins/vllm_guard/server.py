@@ -10,16 +10,20 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guard import __version__
+from guard.audit import AuditLog
 from guard.certificate import Attestation
 from guard.errors import EngineError
 from guard.http.desk import DRILLS_OFF, NO_ADMIN, NO_RELOAD, RELOAD_OFF
 from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken
 from guard.http.middleware import GuardMiddleware, send_error
 from guard.http.openai import error_body
+from guard.metrics import Metrics
 from vllm_guard import context
+from vllm_guard.pulse import Pulse
 from vllm_guard.rollout import WAIT_SECONDS, Rollout, await_answer, read_keys
 
 if TYPE_CHECKING:
@@ -77,6 +81,7 @@ class GuardEndpoint:
         """Know no engine yet; `init_state` brings it."""
         self._client: Any = None
         self._rollout: Rollout | None = None
+        self._pulse: Pulse | None = None
 
     def attach_router(self, app: "FastAPI") -> None:
         """Add `/guard/ready`, `/guard/status`, `/guard/drills`, `/guard/reload`."""
@@ -171,7 +176,7 @@ class GuardEndpoint:
 
         Raises:
             EngineError: One of them is not, or is guarded by another policy file; or
-                the administrator's token is none.
+                the administrator's token is none; or the audit log cannot be written.
             PolicyError: The key of a tenant is not among the server's.
         """
         self._client = engine_client
@@ -179,6 +184,7 @@ class GuardEndpoint:
         with context.reporting():
             board.desk.keys = read_keys(args, context.get().start.policy_file)
             board.desk.admin = read_admin()
+            board.audit = open_audit(engine_client, board.metrics)
         await check_engines(engine_client)
         if context.get().start.policy_file.on_error == "open":
             logger.warning(
@@ -187,6 +193,8 @@ class GuardEndpoint:
         self._rollout = Rollout(engine_client, args)
         self._rollout.start()
         board.ready = True
+        self._pulse = Pulse(engine_client, check_engines, metrics=board.metrics)
+        self._pulse.start()
 
 
 def read_admin() -> AdminToken:
@@ -196,6 +204,19 @@ def read_admin() -> AdminToken:
         EngineError: It is too short.
     """
     return AdminToken(os.environ.get(ADMIN_VARIABLE))
+
+
+def open_audit(client: Any, metrics: Metrics) -> AuditLog | None:
+    """Open this API server's audit log, where the operator wants one.
+
+    Raises:
+        EngineError: It cannot be written.
+    """
+    path = os.environ.get(context.AUDIT_VARIABLE)
+    if not path:
+        return None
+    rank = client.vllm_config.parallel_config._api_process_rank
+    return AuditLog(Path(path), metrics, rank=max(rank, 0))
 
 
 def list_drills() -> list[dict[str, Any]]:
@@ -227,6 +248,7 @@ async def ask_engines(client: Any) -> list[list[dict[str, Any]]]:
     answers: list[list[dict[str, Any]]] = await await_answer(
         client, question, seconds=_answer_seconds()
     )
+    client.guard_answered = time.monotonic()
     return answers
 
 

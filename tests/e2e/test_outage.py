@@ -158,10 +158,13 @@ def test_what_hangs_is_not_ready_and_goes_on_where_it_was(
         arrived = len(caller.chunks)
         time.sleep(0.2)
         assert len(caller.chunks) == arrived
+        assert wait_until_shown(server, ready=0)
+        assert server.metrics()["guard_snapshot_age_seconds"] > 1
     assert waited < NOT_READY_SECONDS
     caller.end()
     assert caller.text == calm.text
     assert wait_until_ready_again(operator)
+    assert wait_until_shown(server, ready=1)
     ledger.enter(
         fault,
         client=f"waits until it goes on, at most vLLM's own limit: {caller.describe()}",
@@ -174,6 +177,16 @@ def wait_until_ready_again(operator: Operator) -> bool:
     while operator.ready() != 200 and time.monotonic() < deadline:
         time.sleep(0.1)
     return operator.ready() == 200
+
+
+def wait_until_shown(server: Server, *, ready: int) -> bool:
+    """Whether a scrape soon says so: engines are asked every few seconds."""
+    deadline = time.monotonic() + 20
+    while (shown := server.metrics()["guard_ready"]) != ready:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return shown == ready
 
 
 def test_a_full_disk_takes_nothing_from_anybody(

@@ -1,81 +1,22 @@
 """A real Prometheus scrapes the guard and answers for it."""
 
-import json
 import re
-import shutil
 import subprocess
-import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from e2e.serving import Server, stop
-
-from guard.redteam.server import find_free_port
-
-SECONDS = 60
-
-
-def wait_for(answer: Callable[[], Any]) -> Any:
-    """Return the first true value of `answer`, or fail."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        try:
-            if value := answer():
-                return value
-        except OSError:
-            pass
-        time.sleep(0.2)
-    return pytest.fail(f"Nothing within {SECONDS} s.")
+from e2e.scraping import scraping, wait_for
+from e2e.serving import Server
 
 
 @pytest.fixture
 def query(
-    prometheus_binary: str,
-    toy_server: Server,
-    tmp_path: Path,
+    prometheus_binary: str, toy_server: Server, tmp_path: Path
 ) -> Iterator[Callable[[str], dict[str, float]]]:
     """Run a Prometheus that scrapes the server, and tell how to ask it."""
-    config = tmp_path / "prometheus.yml"
-    target = toy_server.url.removeprefix("http://")
-    config.write_text(
-        "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
-        "scrape_configs:\n"
-        f"  - {{job_name: guard, static_configs: [{{targets: ['{target}']}}]}}\n"
-    )
-    address = f"127.0.0.1:{find_free_port()}"
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                prometheus_binary,
-                f"--config.file={config}",
-                f"--storage.tsdb.path={tmp_path / 'data'}",
-                f"--web.listen-address={address}",
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def ask(expression: str) -> dict[str, float]:
-        words = urllib.parse.urlencode({"query": expression})
-        url = f"http://{address}/api/v1/query?{words}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            body = json.load(answer)
-        assert body["status"] == "success"
-        return {
-            ",".join(f"{k}={v}" for k, v in sorted(series["metric"].items())): float(
-                series["value"][1]
-            )
-            for series in body["data"]["result"]
-        }
-
-    yield ask
-    stop(process)
+    with scraping(prometheus_binary, toy_server, tmp_path) as ask:
+        yield ask
 
 
 def tokens_counted(server: Server) -> float:
@@ -104,11 +45,8 @@ def test_a_real_prometheus_answers_for_the_tokens_that_were_guarded(
 
 
 def test_every_guard_metric_follows_the_conventions(
-    toy_server: Server,
+    toy_server: Server, promtool: str
 ) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("no promtool on the PATH")
     lines = toy_server.get("/metrics").splitlines(keepends=True)
     own = [line for line in lines if re.match(r"(# (HELP|TYPE) )?guard_", line)]
     judged = subprocess.run(
@@ -165,6 +103,12 @@ def test_a_clamp_counts_the_tokens_that_a_client_reads_of(toy_server: Server) ->
     clamped = answer.guard["clamped_tokens"]["hold"]  # type: ignore[attr-defined]
     assert clamped > 0
     assert toy_server.metrics()[series] == before + clamped
+
+
+def test_the_engines_are_asked_without_any_request(toy_server: Server) -> None:
+    samples = toy_server.metrics()
+    assert samples["guard_ready"] == 1
+    assert 0 <= samples["guard_snapshot_age_seconds"] < 30
 
 
 def test_the_time_of_a_hook_is_sampled(toy_server: Server) -> None:

@@ -497,6 +497,28 @@ async def test_the_application_learns_that_the_client_is_gone(desk):
     ]
 
 
+@pytest.mark.parametrize("gone", [True, False])
+async def test_only_an_answer_that_somebody_waits_for_can_fail(desk, policy_file, gone):
+    """VLLM answers `null` where the client has hung up."""
+    wire, registry = Wire(), CollectorRegistry()
+    prints = dict.fromkeys(policy_file.policies, "f")
+    metrics = Metrics(
+        policy_file, fingerprints=prints, digests={"s": "f"}, registry=registry
+    )
+
+    async def answer(scope, receive, send):
+        await receive()
+        if gone:
+            wire.gone.set()
+            await receive()
+        await JSONResponse(None)(scope, receive, send)
+
+    guarded = GuardMiddleware(answer, desk=desk, metrics=metrics)
+    await guarded(make_scope(), wire.receive, wire.send)
+    value = registry.get_sample_value("guard_errors_total", {"component": "http"})
+    assert (value, wire.text == b"") == ((0, True) if gone else (1, False))
+
+
 async def test_a_client_gone_before_its_body_reaches_nobody(server, desk):
     wire = Wire()
     wire.inbox = [{"type": "http.request", "body": b"{", "more_body": True}]
