@@ -11,9 +11,12 @@ from deploy.dockerfile import ROOT
 
 Object = dict[str, Any]
 
-VARIANTS = ("service", "sidecar")
-KEYS = {"apiVersion", "kind", "resources", "configMapGenerator", "generatorOptions"}
-"""Of a kustomization: nothing that would change what is written in a manifest."""
+VARIANTS = ("service", "sidecar", "gpu")
+KEYS = {
+    *("apiVersion", "kind", "resources", "configMapGenerator", "generatorOptions"),
+    *("images", "patches"),
+}
+"""Of a kustomization: those that are understood here."""
 
 RULES = """\
 groups:
@@ -58,7 +61,39 @@ def render(folder: Path) -> list[Object]:
             {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}
             | {"data": data}
         )
+    for image in found.get("images", ()):
+        set_tag(objects, image["name"], image["newTag"])
+    for patch in found.get("patches", ()):
+        apply_patch(objects, patch)
     return objects
+
+
+def set_tag(objects: list[Object], name: str, tag: str) -> None:
+    """Give every container of an image another tag."""
+    for container in containers_of(objects):
+        if container["image"].startswith(f"{name}:"):
+            container["image"] = f"{name}:{tag}"
+
+
+def apply_patch(objects: list[Object], patch: Object) -> None:
+    """Apply a JSON patch (RFC 6902) of operations test, add and replace."""
+    target = patch["target"]
+    (found,) = (
+        one
+        for one in objects
+        if (one["kind"], one["metadata"]["name"]) == (target["kind"], target["name"])
+    )
+    for step in yaml.safe_load(patch["patch"]):
+        *above, last = (word.replace("~1", "/") for word in step["path"].split("/")[1:])
+        at: Any = found
+        for word in above:
+            at = at[int(word) if isinstance(at, list) else word]
+        assert isinstance(at, dict)
+        assert (last in at) != (step["op"] == "add"), step["path"]
+        if step["op"] == "test":
+            assert at[last] == step["value"]
+        else:
+            at[last] = step["value"]
 
 
 def read_kustomization(folder: Path) -> Object:
@@ -85,9 +120,12 @@ def pod_of(objects: list[Object]) -> Object:
     return pod
 
 
+def containers_of(objects: list[Object]) -> list[Object]:
+    pod = pod_of(objects)
+    return [*pod.get("initContainers", ()), *pod["containers"]]
+
+
 def guard_of(objects: list[Object]) -> Object:
     """Return the container that serves under the guard."""
-    pod = pod_of(objects)
-    containers = [*pod.get("initContainers", ()), *pod["containers"]]
-    (found,) = (one for one in containers if one["name"] == "guard")
-    return dict(found)
+    (found,) = (one for one in containers_of(objects) if one["name"] == "guard")
+    return found

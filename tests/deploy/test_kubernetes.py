@@ -16,6 +16,7 @@ from deploy.dockerfile import FOLDER, ROOT, find, read_environment, read_stages
 from deploy.manifest import (
     VARIANTS,
     Object,
+    containers_of,
     copy_deploy,
     guard_of,
     of_kind,
@@ -217,10 +218,9 @@ def test_files_that_arguments_name_are_mounted(
 def test_secrets_are_referred_to_by_keys_that_they_have(
     objects: list[Object], secret: Object
 ) -> None:
-    pod = pod_of(objects)
     named = [
         variable["valueFrom"]["secretKeyRef"]
-        for container in [*pod.get("initContainers", ()), *pod["containers"]]
+        for container in containers_of(objects)
         for variable in container["env"]
         if "valueFrom" in variable
     ]
@@ -243,7 +243,7 @@ def test_nobody_serves_with_the_token_of_the_example(secret: Object) -> None:
 
 def test_a_container_may_do_nothing_but_serve(objects: list[Object]) -> None:
     pod = pod_of(objects)
-    for container in [*pod.get("initContainers", ()), *pod["containers"]]:
+    for container in containers_of(objects):
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -283,9 +283,26 @@ def test_a_sidecar_starts_before_the_application_and_outlives_it(deploy: Path) -
 
 def test_both_variants_run_the_same_guard(deploy: Path) -> None:
     service, sidecar = (
-        guard_of(render(deploy / "kubernetes" / name)) for name in VARIANTS
+        guard_of(render(deploy / "kubernetes" / name))
+        for name in ("service", "sidecar")
     )
     assert sidecar == service | {"restartPolicy": "Always"}
+
+
+def test_on_a_gpu_the_service_differs_in_image_and_resources(deploy: Path) -> None:
+    cpu, gpu = (
+        guard_of(render(deploy / "kubernetes" / name)) for name in ("service", "gpu")
+    )
+    assert {key for key in cpu if cpu[key] != gpu[key]} == {"image", "resources"}
+    assert gpu["image"] == "vllm-guard:gpu"
+    assert gpu["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    composition = yaml.safe_load((ROOT / "deploy/compose/compose.yaml").read_text())
+    built = {
+        service["image"]: Path(service["build"]["dockerfile"]).name
+        for service in composition["services"].values()
+        if "build" in service
+    }
+    assert built == {cpu["image"]: "Dockerfile.cpu", gpu["image"]: "Dockerfile"}
 
 
 def test_the_policy_of_the_config_map_passes_the_check(
