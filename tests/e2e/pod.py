@@ -68,16 +68,17 @@ def start_pod(folder: Path, objects: list[Object], volumes: Volumes) -> Server:
     arguments = [places.get(word, word) for word in guard["args"]]
     command = [sys.executable, "-m", "guard", "serve", *arguments]
     user = pod_of(objects)["securityContext"]
+    system = folder / "system"
+    system.mkdir()
     script = "\n".join(
         [
-            *_mount_root(folder / "root"),
-            *_mount_volumes(folder / "root" / "fs", volumes, guard),
-            f"exec chroot {folder}/root/fs setpriv --reuid {user['runAsUser']} "
+            *_mount_root(system),
+            *_mount_volumes(system / "fs", volumes, guard),
+            f"exec chroot {system / 'fs'} setpriv --reuid {user['runAsUser']} "
             f"--regid {user['runAsGroup']} --clear-groups --no-new-privs "
             f"--bounding-set=-all --inh-caps=-all {shlex.join(command)}",
         ]
     )
-    (folder / "root").mkdir()
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script],
@@ -91,14 +92,21 @@ def start_pod(folder: Path, objects: list[Object], volumes: Volumes) -> Server:
     return Server(f"http://127.0.0.1:{port}", folder / "log", process)
 
 
-def check_namespaces() -> None:
-    """Skip where a pod cannot be imitated."""
-    command = ["unshare", "--mount", "true"]
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run(command, capture_output=True, check=False).returncode
-    ):
-        pytest.skip("no mount namespaces here; they need root and util-linux")
+def check_namespaces(folder: Path) -> None:
+    """Skip where a pod cannot be imitated.
+
+    Args:
+        folder: Empty.
+    """
+    script = "\n".join(_mount_root(folder))
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, check=False)
+        reason = tried.stderr if tried.returncode else ""
+    except OSError as error:
+        reason = str(error)
+    if reason:
+        pytest.skip(f"no file system of its own for a pod, which needs root: {reason}")
 
 
 def _environment(guard: Object) -> Mapping[str, str]:

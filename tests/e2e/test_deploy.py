@@ -40,7 +40,7 @@ def pod(
     objects: list[Object], volumes: Volumes, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """Serve as the manifest of the service says."""
-    check_namespaces()
+    check_namespaces(tmp_path_factory.mktemp("tried"))
     server = start_pod(tmp_path_factory.mktemp("pod"), objects, volumes)
     try:
         wait_until_ready(server)
