@@ -12,7 +12,13 @@ from guard.errors import PolicyError
 from guard.file import hash_file
 from guard.policy import PolicyFile, SaeSource
 
-__all__ = ["clamps_digest", "file_fingerprint", "fingerprint", "sae_digest"]
+__all__ = [
+    "clamps_digest",
+    "file_fingerprint",
+    "fingerprint",
+    "list_files",
+    "sae_digest",
+]
 
 
 def fingerprint(policy_file: PolicyFile, name: str) -> str:
@@ -97,6 +103,20 @@ def file_fingerprint(policy_file: PolicyFile) -> str:
     return _hash({"schema": 1, **content, "saes": saes, "policies": policies})
 
 
+def list_files(policy_file: PolicyFile) -> list[Path]:
+    """Return the files beside a policy file that `file_fingerprint` reads.
+
+    The weights of an SAE are not among them: their digest stands in the policy file.
+    """
+    files: list[Path | None] = [drill.delta for drill in policy_file.drills]
+    for policy in policy_file.policies.values():
+        files += [monitor.calibration for monitor in policy.monitors]
+        files.append(policy.certificate)
+    for source in policy_file.saes.values():
+        files += _list_beside(source)
+    return sorted({path for path in files if path is not None})
+
+
 def sae_digest(source: SaeSource) -> str:
     """Hash what tells an SAE from another one, wherever it lies.
 
@@ -121,10 +141,13 @@ def _hash(content: Mapping[str, object]) -> str:
 def _identify(source: SaeSource) -> dict[str, object]:
     # The digest of the weights does not cover cfg.json and what else decides how
     # they are used: k, the normalisation, the scaling factor.
-    # What is no file decides nothing, and a pipe or a device has no end to wait for.
-    found = [path for path in source.path.glob("*.json") if path.is_file()]
-    beside = {path.name: _hash_file(path) for path in found}
+    beside = {path.name: _hash_file(path) for path in _list_beside(source)}
     return {**source.model_dump(mode="json", exclude={"path"}), "beside": beside}
+
+
+def _list_beside(source: SaeSource) -> list[Path]:
+    # What is no file decides nothing, and a pipe or a device has no end to wait for.
+    return [path for path in source.path.glob("*.json") if path.is_file()]
 
 
 def _hash_file(path: Path) -> str:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 UNLISTED = {".gitignore", "__init__.py", "__main__.py", "py.typed"}
 """Names that say nothing a reader of the tree would look for."""
 
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/threat-model.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/threat-model.md", "docs/deploy.md"]
 LISTED_WHOLE = (".", ".ci", "guard", "plugins", "plugins/vllm_guard")
 """Folders of which the README names every entry."""
 
@@ -100,9 +100,7 @@ def test_a_file_that_the_tree_leaves_out_is_noticed(tmp_path: Path) -> None:
     assert entries_on_disk(files, "guard") - tree["guard"] == {"monitor.py"}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/threat-model.md"]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_every_make_target_that_a_page_names_exists(page: str) -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"(?:^|`)make ([a-z]\w*)", (ROOT / page).read_text(), re.M))
@@ -127,7 +125,9 @@ def test_every_test_that_a_page_names_exists(name: str) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/threat-model.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/threat-model.md", "docs/deploy.md"]
+)
 def test_every_link_into_the_repository_leads_somewhere(name: str) -> None:
     page = ROOT / name
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())

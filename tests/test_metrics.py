@@ -250,3 +250,34 @@ def test_readiness_age_and_the_audit_log_are_shown(metrics, registry):
     metrics.count_audit("dropped")
     results = ("written", "dropped", "failed")
     assert [read("audit_events_total", result=r) for r in results] == [0, 1, 0]
+
+
+def test_a_replica_has_as_many_series_as_the_page_on_scale_says() -> None:
+    """Or a person who plans for them plans wrongly."""
+
+    def count(policies: int, monitors: int, clamps: int) -> int:
+        policy = make_policy("enforce")
+        policy.monitors = [
+            SimpleNamespace(name=f"m{n}", on_alarm="block") for n in range(monitors)
+        ]
+        policy.clamps = [SimpleNamespace(name=f"c{n}") for n in range(clamps)]
+        names = [f"p{n}" for n in range(policies)]
+        policy_file: Any = SimpleNamespace(
+            policies=dict.fromkeys(names, policy), saes={}, on_error="closed"
+        )
+        registry = CollectorRegistry()
+        Metrics(
+            policy_file,
+            fingerprints=dict.fromkeys(names, "f"),
+            digests={},
+            registry=registry,
+        )
+        lines = generate_latest(registry).decode().splitlines()
+        return sum(not line.startswith("#") for line in lines)
+
+    bare = count(1, 0, 0)
+    assert count(2, 0, 0) - bare == 7
+    assert count(1, 1, 0) - bare == 21
+    assert count(1, 0, 1) - bare == 2
+    assert bare - 7 < 100
+    assert count(4, 10, 4) < 1000

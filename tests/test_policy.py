@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from guard.errors import PolicyError
-from guard.fingerprint import clamps_digest, file_fingerprint, fingerprint
+from guard.fingerprint import (
+    clamps_digest,
+    file_fingerprint,
+    fingerprint,
+    list_files,
+)
 from guard.policy import PolicyFile, Rule, Tenant, load_policy
 
 SHA = "a" * 64
@@ -659,6 +664,24 @@ def test_a_certificate_is_part_of_the_file_and_of_no_policy(tmp_path: Path) -> N
     assert file_fingerprint(moved) == before
     with pytest.raises(PolicyError, match=r"a\.json: cannot be read"):
         file_fingerprint(certified)
+
+
+def test_every_file_that_the_fingerprint_reads_is_listed(tmp_path: Path) -> None:
+    text = edit(CERTIFIED, "drills: []", f"drills: [{DRILL}]")
+    policy_file = served(tmp_path, text)
+    listed = [path.relative_to(tmp_path).as_posix() for path in list_files(policy_file)]
+    assert listed == [
+        *("calib/l12.safetensors", "certified/a.json"),
+        *("drills/fire.safetensors", "saes/l12/cfg.json"),
+    ]
+    for name in listed:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    prints = {file_fingerprint(policy_file)}
+    for name in listed:
+        (tmp_path / name).write_text("changed")
+        prints.add(file_fingerprint(policy_file))
+    assert len(prints) == 1 + len(listed)
 
 
 def test_a_fingerprint_stays_the_one_that_was_certified(tmp_path: Path) -> None:

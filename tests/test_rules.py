@@ -10,8 +10,8 @@ import yaml
 from queries import declared_names, selected_names
 
 ROOT = Path(__file__).parents[1]
-RULES = ROOT / "deploy/prometheus/guard.rules.yml"
-CASES = RULES.with_name("guard.rules.test.yml")
+RULES = ROOT / "deploy/prometheus/rules.yml"
+CASES = RULES.with_name("rules.test.yml")
 RUNBOOK = ROOT / "docs/runbook.md"
 
 

@@ -24,6 +24,7 @@ from guard.generation import Generation, load_generation
 from guard.http.keys import KeyRing
 from guard.policy import PolicyFile, parse_policy, read_policy
 from vllm_guard import context
+from vllm_guard.lookout import Lookout
 from vllm_guard.reload import Offer, adopt, write_notice
 
 __all__ = ["WAIT_SECONDS", "Outcome", "Rollout", "await_answer", "read_keys"]
@@ -274,13 +275,14 @@ class Rollout:
             await self.follow()
 
     async def _watch(self) -> None:
-        """Reload when the policy file is another one, and stays so for a moment."""
-        done = before = _look_at(self._path)
+        """Reload when a file of the policies is another one, and stays so a moment."""
+        lookout = Lookout(self._path)
+        done = before = await asyncio.to_thread(lookout.look)
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            found = await asyncio.to_thread(_look_at, self._path)
+            found = await asyncio.to_thread(lookout.look)
             if found == before and found != done:
-                await self._reload_at_last("the policy file changed")
+                await self._reload_at_last("a file changed")
                 done = found
             before = found
 
@@ -306,12 +308,3 @@ class Rollout:
             question.cancel()
         answers: list[Any] = found if to_all else [found]
         return answers
-
-
-def _look_at(path: Path) -> tuple[int, ...] | None:
-    """Return what changes with a file, be it replaced behind a link; None if gone."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size

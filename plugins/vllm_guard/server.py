@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

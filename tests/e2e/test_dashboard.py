@@ -15,7 +15,7 @@ from queries import fill_in, list_targets
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/guard.json").read_text())
-RULES = ROOT / "deploy/prometheus/guard.rules.yml"
+RULES = ROOT / "deploy/prometheus/rules.yml"
 ORGANISM = ROOT / "guard/demo/organism"
 TOKEN = "the administrator of this test"
 WINDOW = "30s"

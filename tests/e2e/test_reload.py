@@ -411,12 +411,13 @@ def test_a_hangup_signal_reloads(server: Server, folder: PolicyFolder) -> None:
     assert ask(server, PROMPT).guard["clamped_tokens"].keys() == {"push"}
 
 
-def test_a_watched_file_is_reloaded_when_what_its_link_leads_to_is_swapped(
+def test_watched_files_are_reloaded_when_they_or_what_a_link_leads_to_is_swapped(
     toy: Toy,
     tmp_path_factory: pytest.TempPathFactory,
     start_server: ServerFactory,
 ) -> None:
     """As Kubernetes updates the files of a ConfigMap: one of two links renamed."""
+    reloads.write_calibrations(toy)
     mount = tmp_path_factory.mktemp("mount")
     for name, policies in (("one", PLAIN), ("two", CHANGED)):
         (mount / f"..{name}").mkdir()
@@ -446,7 +447,18 @@ def test_a_watched_file_is_reloaded_when_what_its_link_leads_to_is_swapped(
     assert ask(watched, PROMPT).guard["clamped_tokens"].keys() == {"push"}
     swap(mount, "..one")
     wait_for_generation(watched, 3)
-    assert ask(watched, PROMPT).guard["fingerprint"] == first["fingerprint"]
+    again = ask(watched, PROMPT, trace="summary")
+    assert again.guard["fingerprint"] == first["fingerprint"]
+    # A file that the policy file names, and not that one itself.
+    other = PLAIN["default"] | {"monitors": [watch("twice.safetensors")]}
+    PolicyFolder(toy, "watched-twice").write({"default": other})
+    calibrations = toy.folder / "calibrations"
+    (calibrations / "watched-twice/default/twice.safetensors").rename(
+        calibrations / "watched-one/default/density.safetensors"
+    )
+    wait_for_generation(watched, 4)
+    doubled = ask(watched, PROMPT, trace="summary")
+    assert largest(doubled) == pytest.approx(2 * largest(again), rel=1e-4)
     answer = httpx.post(f"{watched.url}/guard/reload", headers={"x": "y"})
     assert answer.status_code == 404
 
