@@ -33,6 +33,7 @@ FAULTS = (
     "an API server of two is stopped",
     "SIGTERM",
     "a worker is killed",
+    "one of two tensor-parallel ranks is killed",
     "the engine core is killed",
     "an API server of two is killed",
 )

@@ -422,6 +422,15 @@ def replicated(
     return start(toy, start_server, replicated_faults, "outage", *flags)
 
 
+@pytest.fixture
+def two_ranks(toy: Toy, faults: Faults, start_server: ServerFactory) -> Server:
+    """Serve from two tensor-parallel ranks, until the second one is killed."""
+    flags, bound = ("--tensor-parallel-size", "2"), "0|1"
+    return start(
+        *(toy, start_server, faults, "outage", *flags), VLLM_CPU_OMP_THREADS_BIND=bound
+    )
+
+
 @dataclass(frozen=True)
 class Victim:
     """Who is killed, of which server."""
@@ -437,6 +446,7 @@ class Victim:
 
 KILLED = {
     "a worker is killed": Victim("open_server", "Worker", faults="open_faults"),
+    "one of two tensor-parallel ranks is killed": Victim("two_ranks", "Worker", 1),
     "the engine core is killed": Victim("server", "EngineCor"),
     "an API server of two is killed": Victim(
         "replicated", "APIServer", None, faults="replicated_faults"
