@@ -35,6 +35,9 @@ class Faults:
     def switch_on(self, fault: str, about: str = "") -> None:
         (self.folder / fault).write_text(about, encoding="utf-8")
 
+    def switch_off(self, fault: str) -> None:
+        (self.folder / fault).unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def on(self, fault: str) -> Iterator[None]:
         """Have a fault for a while."""
@@ -42,4 +45,4 @@ class Faults:
         try:
             yield
         finally:
-            (self.folder / fault).unlink()
+            self.switch_off(fault)

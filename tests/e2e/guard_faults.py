@@ -38,7 +38,7 @@ if is_on("unimportable") and not _IS_API_SERVER:
 def register() -> None:
     if is_on("unimportable"):
         return
-    from vllm_guard import engine, hook, reload, runner_v1
+    from vllm_guard import engine, hook, outputs, reload, runner_v1
 
     from guard.pipeline import Guard
 
@@ -50,6 +50,8 @@ def register() -> None:
     fail(reload, "stage_tables", fault="stage-fails")
     delay(runner_v1, "list_requests", fault="slow-steps")
     lag(runner_v1, "attach", fault="readings-late")
+    lag_result(outputs, "_detach", fault="verdicts-late")
+    delay(engine, "_report", fault="outputs-late")
     poison(Guard, "forward", fault="not-a-number")
     if is_on("file-changes") and not _IS_API_SERVER:
         about = (_FOLDER / "file-changes").read_text(encoding="utf-8")
@@ -102,6 +104,19 @@ def lag(owner: Any, name: str, *, fault: str) -> None:
         sent = kept.pop() if kept and is_on(fault) else args
         kept[:] = [args]
         return original(output, *sent, **kwargs)
+
+    setattr(owner, name, lagging)
+
+
+def lag_result(owner: Any, name: str, *, fault: str) -> None:
+    """Let `owner.name` return what it returned the call before."""
+    original = getattr(owner, name)
+    kept: list[Any] = [None]
+
+    def lagging(*args: Any, **kwargs: Any) -> Any:
+        kept.append(original(*args, **kwargs))
+        before = kept.pop(0)
+        return before if is_on(fault) else kept[0]
 
     setattr(owner, name, lagging)
 

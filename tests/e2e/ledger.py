@@ -16,18 +16,26 @@ FAULTS = (
     "a step's readings come with the next step",
     "every step and its readings are late",
     "verdicts are lost on their way to the API server",
+    "each verdict comes with the tokens of the next step",
+    "tokens and their verdicts are late on their way to the API server",
     "`on_error: open`, a hook stops running",
     "`on_error: open`, a step's readings are lost",
     "`on_error: open`, verdicts are lost on their way to the API server",
     "the model computes NaN, a monitor blocks",
     "the model computes NaN, a monitor flags",
     "the model computes NaN, no monitor",
+    "`on_error: open`, the model computes NaN, no monitor",
+    "a request is given the KV blocks of one that computed NaN",
     "the engine core hangs",
     "the disk is full",
     "no process has a file descriptor left",
     "a storm of harmless signals, stops and continues",
+    "an API server of two is stopped",
+    "SIGTERM",
     "a worker is killed",
+    "one of two tensor-parallel ranks is killed",
     "the engine core is killed",
+    "an API server of two is killed",
 )
 """In the order of the page."""
 
@@ -39,9 +47,15 @@ saw, and what the operator did. Every row is written by the test that it names, 
 real server (`GUARD_WRITE_FAULTS=1 make test ARGS=tests/e2e/test_outage.py`), and that
 test fails where it sees something else. "Closed" is the default, `on_error: closed`.
 
-Known and not solved: after a model has computed NaN, a later request was once seen to
-compute NaN as well, perhaps from a KV block that both used. Whoever has no monitor
-does not notice, as in the row of NaN without one: let a policy have one that blocks.
+What a model computes is looked at where its stream ends, of every token: a request
+under an enforcing policy ends where that is not finite, with or without monitors, and
+one under a policy that observes is flagged. Attention kernels multiply what lies behind
+the end of a sequence by 0, and 0 * NaN is NaN: so a KV block that such a request had is
+zeroed before another one is given it.
+
+Known and not solved: when SIGTERM and SIGINT reached all processes of a server many
+times over, a stream was left open until its client gave up, and the server waited.
+One SIGTERM to the server ends both.
 
 What is not here vLLM does alone. Seconds from a killed process to not ready are in
 [faults.json](../benchmarks/results/faults.json).

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ WATCHED = (
     "guard_unscored_tokens_total",
 )
 """What an operator looks at; of the requests those that were not simply allowed."""
-HUNG_SECONDS = 60
-"""A client that waits longer has been left hanging."""
+HUNG_SECONDS = 180
+"""A client that waits longer has been left hanging, on the busiest machine too."""
 
 
 @dataclass
@@ -33,12 +33,17 @@ class Caller(threading.Thread):
     server: Server
     policy: str = "default"
     max_tokens: int = 1900
+    prompt: str = "w1 w2 w3"
     status: int = 0
+    port: int = 0
+    """Its own end of the connection."""
     chunks: list[dict[str, Any]] = field(default_factory=list)
     is_done: bool = False
     """Whether the stream said [DONE]."""
     broken: bool = False
     """Whether the connection ended before the answer."""
+    gave_up: bool = False
+    """Whether nothing came for `HUNG_SECONDS`."""
 
     def __post_init__(self) -> None:
         super().__init__(daemon=True)
@@ -49,7 +54,7 @@ class Caller(threading.Thread):
     def run(self) -> None:
         body = {
             "model": "model",
-            "prompt": "w1 w2 w3",
+            "prompt": self.prompt,
             "max_tokens": self.max_tokens,
             "temperature": 0,
             "stream": True,
@@ -60,29 +65,29 @@ class Caller(threading.Thread):
         try:
             with httpx.stream("POST", url, json=body, timeout=HUNG_SECONDS) as stream:
                 self.status = stream.status_code
+                network = stream.extensions["network_stream"]
+                self.port = network.get_extra_info("client_addr")[1]
                 for line in stream.iter_lines():
                     if line == "data: [DONE]":
                         self.is_done = True
                     elif line.startswith("data: "):
                         self.chunks.append(json.loads(line.removeprefix("data: ")))
         except httpx.TimeoutException:
-            raise
+            self.gave_up = True
         except httpx.TransportError:
             self.broken = True
 
     def begin(self) -> "Caller":
         """Ask, and come back when the first tokens have arrived."""
         self.start()
-        deadline = time.monotonic() + HUNG_SECONDS
-        while len(self.chunks) < 3 and self.is_alive():
-            assert time.monotonic() < deadline, "no token arrived"
-            time.sleep(0.01)
+        wait_until(lambda: len(self.chunks) >= 3 or not self.is_alive(), "a token")
         return self
 
     def end(self) -> "Caller":
         """Wait until the answer is over; it may not take for ever."""
         self.join(HUNG_SECONDS + 5)
         assert not self.is_alive(), "the client hangs"
+        assert not self.gave_up, "the client was left waiting"
         return self
 
     @property
@@ -107,10 +112,14 @@ class Caller(threading.Thread):
         if "error" in last[-1]:
             return f"{self.status}, tokens, then an `error` event"
         finish = last[-1]["choices"][0]["finish_reason"]
-        parts = [f"`finish_reason: {finish}`", f"`action: {self.guard['action']}`"]
+        if finish is None:
+            return f"{self.status}, tokens, then the stream ends"
+        parts = [f"`finish_reason: {finish}`"]
+        if self.guard:
+            parts.append(f"`action: {self.guard['action']}`")
         if "reason" in self.guard:
             parts.append(f"`reason: {self.guard['reason']}`")
-        if self.guard["alarms"]:
+        if self.guard.get("alarms"):
             score = json.dumps(self.guard["alarms"][0]["score"])
             parts.append(f"an alarm of score `{score}`")
         return f"{self.status}, tokens, then " + ", ".join(parts)
@@ -143,7 +152,23 @@ class Operator:
 
     def ready(self) -> int:
         """Return the status of `/guard/ready`."""
-        return httpx.get(f"{self._server.url}/guard/ready", timeout=30).status_code
+        return ask_ready(self._server)
+
+
+def ask_ready(server: Server, seconds: float = 60) -> int:
+    """Return the status of `/guard/ready`; 0 where nobody answers in time."""
+    try:
+        return httpx.get(f"{server.url}/guard/ready", timeout=seconds).status_code
+    except httpx.TransportError:
+        return 0
+
+
+def wait_until(happened: Callable[[], object], what: str) -> None:
+    """Wait for a thing, however busy the machine; not for a time."""
+    deadline = time.monotonic() + HUNG_SECONDS
+    while not happened():
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.01)
 
 
 def find_processes(server: Server, *parts: str) -> list[int]:
@@ -161,27 +186,37 @@ def find_processes(server: Server, *parts: str) -> list[int]:
     return found
 
 
+def find_owner(caller: Caller) -> int:
+    """Return the number of the process that serves a client's connection."""
+    wanted = f":{int(caller.server.url.rpartition(':')[2]):04X}", f":{caller.port:04X}"
+    entries = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    (inode,) = (
+        entry[9] for entry in entries[1:] if (entry[1][-5:], entry[2][-5:]) == wanted
+    )
+    for number in find_processes(caller.server):
+        for descriptor in Path(f"/proc/{number}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.readlink(descriptor) == f"socket:[{inode}]":
+                    return number
+    raise AssertionError("The server does not know the connection.")
+
+
 def seconds_until_not_ready(server: Server, since: float) -> float:
     """Return how long after `since` the server first did not say that it is ready."""
     while time.monotonic() < since + HUNG_SECONDS:
-        try:
-            status = httpx.get(f"{server.url}/guard/ready", timeout=30).status_code
-        except httpx.TransportError:
-            status = 0
-        if status != 200:
+        if ask_ready(server) != 200:
             return time.monotonic() - since
         time.sleep(0.02)
     raise AssertionError("The server still says that it is ready.")
 
 
-def wait_for_end(server: Server, seconds: float = 60) -> list[str]:
-    """Return what is left of a server's processes, given some time to go."""
-    with contextlib.suppress(Exception):
-        server.process.wait(timeout=seconds)
-    deadline = time.monotonic() + 30
+def wait_for_end(server: Server) -> None:
+    """Wait until a server has ended and none of its processes is left."""
+    server.process.wait(timeout=HUNG_SECONDS)
+    deadline = time.monotonic() + HUNG_SECONDS
     while (left := list_processes(server)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return left
+    assert left == []
 
 
 @contextlib.contextmanager

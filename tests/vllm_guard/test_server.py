@@ -148,7 +148,9 @@ def test_who_asks_about_an_engine_that_hangs_is_answered(
 ) -> None:
     from fastapi import FastAPI
 
-    desk = SimpleNamespace(admin=AdminToken(None), offer=lambda _key: ["open"])
+    desk = SimpleNamespace(
+        admin=AdminToken(None), offer=lambda _key: ["open"], oldest_generation=1
+    )
     monkeypatch.setattr(state, "board", SimpleNamespace(desk=desk))
     endpoint, app = server.GuardEndpoint(), FastAPI()
     endpoint.attach_router(app)
