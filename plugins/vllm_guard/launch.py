@@ -55,6 +55,7 @@ def serve(
     Raises:
         GuardError: Something does not fit; said before or during the start.
     """
+    _check_config_option(arguments)
     policy_file = load_policy(policy)
     saes = check_policy(policy_file)
     _check_model(model)
@@ -83,6 +84,17 @@ def serve(
     )
     del saes, config
     _run(args)
+
+
+def _check_config_option(arguments: Sequence[str]) -> None:
+    """Refuse what vLLM would accept and overlook, API keys in it included."""
+    for word in arguments:
+        if word.startswith("--config="):
+            message = (
+                f"{word}: vLLM overlooks a file that is named this way; expected two "
+                "words, --config FILE."
+            )
+            raise EngineError(message)
 
 
 def _check_model(model: str) -> None:
