@@ -33,7 +33,7 @@ _MALFORMED: tuple[bytes, ...] = (
     b"[]",
     b'{"model": NaN}',
     b"\xff\xfe",
-    b'{"prompt": "a", "prompt": "b"}',
+    b'{"prompt": "a", "guard": {}, "guard": []}',
     b'{"prompt": "a", "guard": 7}',
     b'{"prompt": "a", "guard": {"policy": "no such policy"}}',
     b'{"prompt": "a", "guard": {"mode": "observe"}}',

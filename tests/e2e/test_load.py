@@ -35,6 +35,7 @@ POLICIES = (
     "first-output-observed",
 )
 LONG = {"max_tokens": 1900, "ignore_eos": True, "stream": True}
+SHORT = {"max_tokens": 60, "ignore_eos": True, "stream": True}
 SLOW_BYTES = 16
 SLOW_SECONDS = 0.1
 
@@ -182,6 +183,8 @@ class Reader(threading.Thread):
 
     def leave(self) -> None:
         self._left.set()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 
@@ -189,16 +192,16 @@ class Reader(threading.Thread):
 def test_who_reads_slowly_or_no_more_hurts_nobody_and_is_forgotten_when_he_leaves(
     toy_server: Server, operator: Operator, size: int
 ) -> None:
-    alone = ask(toy_server, PROMPT, "default", **LONG)
-    # Fewer than the server runs at once: the others are to have a place.
-    body = request_body("w1 w2", "default", logprobs=5, **LONG)
+    alone = ask(toy_server, PROMPT, "default", **SHORT)
+    # More than the kernel takes on its way, and fewer than the server runs at once.
+    body = request_body("w1 w2", "default", logprobs=20, **LONG)
     before = sum(count_verdicts(operator).values())
     readers = [Reader(toy_server, body, size=size) for _ in range(12)]
     try:
         for reader in readers:
             reader.start()
         for _ in range(5):
-            beside = ask(toy_server, PROMPT, "default", **LONG)
+            beside = ask(toy_server, PROMPT, "default", **SHORT)
             assert beside.choices[0].token_ids == alone.choices[0].token_ids
             assert beside.guard["action"] == alone.guard["action"]
         # The engine does not wait for them: no place, no block of KV is theirs.
@@ -231,16 +234,12 @@ def test_who_reads_slowly_has_his_whole_answer_in_the_end(
 # Those who leave
 
 
-async def leave_in_the_middle(server: Server, bodies: list[dict[str, Any]]) -> None:
-    """Hang up on streams after two tokens, on whole answers after a while."""
+async def leave_streams(server: Server, bodies: list[dict[str, Any]]) -> None:
+    """Hang up on each stream after two tokens."""
 
     async def leave(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
         url = f"{server.url}/v1/completions"
-        if not body["stream"]:
-            with pytest.raises(httpx.ReadTimeout):
-                await client.post(url, json=body, timeout=2)
-            return
-        async with client.stream("POST", url, json=body, timeout=SECONDS) as stream:
+        async with client.stream("POST", url, json=body) as stream:
             heard = 0
             async for line in stream.aiter_lines():
                 heard += line.startswith("data: ")
@@ -248,25 +247,57 @@ async def leave_in_the_middle(server: Server, bodies: list[dict[str, Any]]) -> N
                     return
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(limits=limits) as client:
+    async with httpx.AsyncClient(limits=limits, timeout=SECONDS) as client:
         await asyncio.gather(*(leave(client, body) for body in bodies))
 
 
+async def leave_whole_answers(
+    server: Server, bodies: list[dict[str, Any]], *, choices: int
+) -> None:
+    """Hang up on answers in one piece when the engine has all of them."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(limits=limits, timeout=SECONDS) as client:
+        url = f"{server.url}/v1/completions"
+        asking = [
+            asyncio.create_task(client.post(url, json=body | {"stream": False}))
+            for body in bodies
+        ]
+        known = 0.0
+        while known < choices:
+            await asyncio.sleep(0.1)
+            text = (await client.get(f"{server.url}/metrics")).text
+            known = sum(
+                float(line.rpartition(" ")[2])
+                for line in text.splitlines()
+                if line.startswith(
+                    ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+                )
+            )
+        for task in asking:
+            assert not task.done()
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+
+@pytest.mark.parametrize("leave", ["streams", "whole answers"])
 def test_of_those_who_leave_nothing_stays_and_each_is_counted_once(
-    toy_server: Server, operator: Operator
+    toy_server: Server, operator: Operator, leave: str
 ) -> None:
     alone = ask(toy_server, PROMPT, "default")
     operator.wait_until_idle()
     metrics, before = operator.read_metrics(), count_verdicts(operator)
     bodies, begun = [], Counter[str]()
-    for number in range(64):
+    for number in range(48):
         policy = ("default", "held", "open", "open-hold-40")[number % 4]
-        more: dict[str, Any] = {**LONG, "stream": number % 3 != 2}
-        if number % 8 == 0:
-            more |= {"n": 2, "temperature": 1.0}
+        n = 2 if number % 7 == 0 else 1
+        more = LONG | {"n": n, "temperature": 1.0}
         bodies.append(request_body(f"w{number} w3", policy, **more))
-        begun[policy] += more.get("n", 1)
-    asyncio.run(leave_in_the_middle(toy_server, bodies))
+        begun[policy] += n
+    if leave == "streams":
+        asyncio.run(leave_streams(toy_server, bodies))
+    else:
+        choices = sum(begun.values())
+        asyncio.run(leave_whole_answers(toy_server, bodies, choices=choices))
     operator.wait_until_idle()
     expect_nothing_held(operator)
     ended: Counter[str] = Counter()
