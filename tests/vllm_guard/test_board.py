@@ -16,7 +16,9 @@ from guard.verdict import Action, Verdict
 def finish(one: Board, *, action: Action, reason: str | None) -> None:
     verdict = Verdict("id", "open", "fp", "enforce", action, reason=reason)
     progress = Progress(verdict.to_wire(), {}, {}, {}, [])
-    request: Any = SimpleNamespace(guard_progress=(verdict, progress))
+    request: Any = SimpleNamespace(
+        guard_begun=verdict, guard_progress=(verdict, progress)
+    )
     one.finish(request)
 
 
