@@ -18,9 +18,10 @@ from e2e.serving import (
     launch,
     stop,
 )
-from e2e.steps import StepRecord
 from e2e.tripwires import LONG_PROMPT, PROMPT, Tripwires
 from e2e.wire import Answer, ask
+
+from benchmarks.steps import StepRecord
 
 TENSOR_PARALLEL = ("--tensor-parallel-size", "2")
 BOUND_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}

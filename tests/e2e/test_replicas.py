@@ -24,10 +24,11 @@ from e2e.serving import (
     list_processes,
     stop,
 )
-from e2e.steps import StepRecord
 from e2e.tripwires import LONG_PROMPT, PROMPT, Tripwires
 from e2e.wire import Answer, read_events, request_body
 from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.steps import StepRecord
 
 POLICIES = ("default", "held", "open", "middle-output", "middle-output-observed")
 ENGINES = (0, 1)

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 from e2e.serving import Server
-from e2e.steps import StepRecord
 
+from benchmarks.steps import StepRecord
 from guard.http.route import REFUSED, decide_route
 
 README = Path(__file__).parents[2] / "README.md"
