@@ -13,8 +13,10 @@ from deploy.conftest import find_tool
 from deploy.dockerfile import ROOT
 from deploy.manifest import Object, copy_deploy, of_kind, pod_of, render
 from e2e.pod import KEY, Volumes, check_namespaces, start_pod
-from e2e.serving import Server, free_port, stop, wait_until_ready
-from e2e.test_prometheus import wait_for
+from e2e.scraping import wait_for
+from e2e.serving import Server, stop, wait_until_ready
+
+from guard.redteam.server import find_free_port
 
 COMPOSE = ROOT / "deploy" / "compose"
 PROMPT = {"role": "user", "content": "how do i heat the door ?"}
@@ -122,7 +124,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     running = []
 
     def run(name: str, *arguments: str) -> str:
-        address = f"127.0.0.1:{free_port()}"
+        address = f"127.0.0.1:{find_free_port()}"
         with (tmp_path / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [find_tool(name), *arguments, f"--web.listen-address={address}"],
