@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 from deploy.dockerfile import FOLDER, ROOT, read_environment, read_stages
 from deploy.manifest import Object, guard_of, of_kind, pod_of
-from e2e.serving import Server, free_port
+from e2e.serving import Server
 
 from guard.demo import __path__ as demo_path
+from guard.redteam.server import find_free_port
 
 KEY = "sk-of-the-application"
 SECRETS = {
@@ -63,7 +64,7 @@ class Volumes:
 def start_pod(folder: Path, objects: list[Object], volumes: Volumes) -> Server:
     """Start the guard of a variant as its container is described."""
     guard = guard_of(objects)
-    port = free_port()
+    port = find_free_port()
     places = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=8000": f"--port={port}"}
     arguments = [places.get(word, word) for word in guard["args"]]
     command = [sys.executable, "-m", "guard", "serve", *arguments]
