@@ -9,6 +9,7 @@ import contextlib
 import json
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ Route = Literal["completions", "chat/completions"]
 
 _SECONDS = 300
 """A request that takes longer is lost."""
+_END_SECONDS = 120
+"""What all clients are given for their last answers."""
 KINDS = {"ask": 78, "hang up": 12, "malformed": 5, "drill": 3, "not allowed": 2}
 """Of a hundred requests, how many are of which kind."""
 _MALFORMED: tuple[bytes, ...] = (
@@ -141,8 +144,9 @@ class Crowd:
             yield
         finally:
             self.ended.set()
+            deadline = time.monotonic() + _END_SECONDS
             for client in clients:
-                client.join(timeout=_SECONDS)
+                client.join(max(deadline - time.monotonic(), 0))
 
     def _run(self, number: int) -> None:
         draw = random.Random(f"{self.seed} {number}")

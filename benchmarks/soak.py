@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -215,6 +215,7 @@ def main(
     """Soak a server, and see that everything adds up."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     about, parts = describe_run(), []
+    result: dict[str, Any] = {}
     console = Console(stderr=True)
     for name, tokens in (("random", random), ("organism", organism)):
         console.print(f"{name}: {tokens} tokens")
@@ -229,20 +230,25 @@ def main(
             )
         console.print_json(data={k: v for k, v in part.items() if k != "memory"})
         parts.append(part)
-    sums = ("tokens_computed", "tokens_counted", "requests", "verdicts")
-    memory = ("rss_start_mb", "rss_end_mb")
-    result = {
-        **about,
-        **{key: sum(part[key] for part in parts) for key in sums},
-        **{key: round(sum(p["memory"][key] for p in parts), 1) for key in memory},
-        "faults": [fault for part in parts for fault in find_faults(part)],
-        "parts": parts,
-    }
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        # After each of them: what is measured is not lost with what comes next.
+        result = about | sum_up(parts)
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for fault in result["faults"]:
         console.print(fault)
     if result["faults"]:
         raise typer.Exit(1)
+
+
+def sum_up(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the keys of the results file besides those of every one."""
+    sums = ("tokens_computed", "tokens_counted", "requests", "verdicts")
+    memory = ("rss_start_mb", "rss_end_mb")
+    return {
+        **{key: sum(part[key] for part in parts) for key in sums},
+        **{key: round(sum(p["memory"][key] for p in parts), 1) for key in memory},
+        "faults": [fault for part in parts for fault in find_faults(part)],
+        "parts": list(parts),
+    }
 
 
 if __name__ == "__main__":
