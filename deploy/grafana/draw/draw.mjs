@@ -1,7 +1,7 @@
 // Draws guard.json from a live Prometheus, with Grafana's own panels in a headless
 // Chromium: what a picture in the docs shows is what an operator gets.
 //
-//   npm ci && node draw.mjs http://localhost:9090 ../../../docs/dashboard.png [MINUTES]
+//   npm ci && node draw.mjs http://localhost:9090 ../../../docs/dashboard.png [MINUTES [END]]
 //
 // Grafana's server is not needed. Queries are sent as it would send them, with all
 // servers chosen; variables and the time picker are not drawn.
@@ -12,13 +12,13 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { build } from 'esbuild';
 
-const [prometheus, picture, minutes = '30'] = process.argv.slice(2);
+const [prometheus, picture, minutes = '30', end] = process.argv.slice(2);
 if (!prometheus || !picture) {
-  console.error('expected: node draw.mjs PROMETHEUS_URL PICTURE.png [MINUTES]');
+  console.error('expected: node draw.mjs PROMETHEUS_URL PICTURE.png [MINUTES [END]]');
   process.exit(2);
 }
 const STEP = 15;
-const to = Math.floor(Date.now() / 1000);
+const to = Math.floor((end ? Date.parse(end) : Date.now()) / 1000);
 const from = to - 60 * Number(minutes);
 // On the page a unit of height is 38 pixels, as in Grafana.
 const UNIT = 38;
