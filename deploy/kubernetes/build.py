@@ -1,4 +1,4 @@
-"""Write deploy/prometheus/rules.yml as the PrometheusRule of the operator.
+"""Write deploy/prometheus/guard.rules.yml as the PrometheusRule of the operator.
 
 `python deploy/kubernetes/build.py` writes it, `--check` says whether it is up to date.
 """
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCE = HERE.parent / "prometheus" / "rules.yml"
+SOURCE = HERE.parent / "prometheus" / "guard.rules.yml"
 TARGET = HERE / "monitoring" / "rules.yaml"
 
 HEAD = """\
-# Made of deploy/prometheus/rules.yml by deploy/kubernetes/build.py; change that one.
+# Made of deploy/prometheus/guard.rules.yml by deploy/kubernetes/build.py; change that one.
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:

@@ -23,7 +23,7 @@ groups:
   - name: placeholder
     rules:
       - alert: GuardMissing
-        expr: up == 1 unless on (instance) guard_info
+        expr: up{job="vllm"} == 1 unless on (instance) guard_info
         labels: {severity: critical}
 """
 
@@ -35,12 +35,13 @@ def copy_deploy(folder: Path) -> Path:
     """
     deploy = folder / "deploy"
     shutil.copytree(ROOT / "deploy", deploy)
-    rules, dashboard = deploy / "prometheus/rules.yml", deploy / "grafana/guard.json"
-    for path, text in ((rules, RULES), (dashboard, '{"uid": "guard"}')):
-        path.parent.mkdir(exist_ok=True)
-        if not path.exists():
-            path.write_text(text)
-    if not (deploy / "kubernetes/monitoring/rules.yaml").exists():
+    dashboard = deploy / "grafana" / "guard.json"
+    if not dashboard.exists():
+        dashboard.write_text('{"uid": "guard"}')
+    rules = deploy / "prometheus" / "guard.rules.yml"
+    if not rules.exists():
+        rules.parent.mkdir(exist_ok=True)
+        rules.write_text(RULES)
         build = deploy / "kubernetes" / "build.py"
         subprocess.run([sys.executable, str(build)], check=True)
     return deploy

@@ -335,12 +335,26 @@ def test_the_rules_are_those_of_prometheus(
 ) -> None:
     rule = of_kind(monitoring, "PrometheusRule")
     assert rule["apiVersion"] == "monitoring.coreos.com/v1"
-    source = yaml.safe_load((deploy / "prometheus" / "rules.yml").read_text())
+    source = yaml.safe_load((deploy / "prometheus" / "guard.rules.yml").read_text())
     assert rule["spec"] == source
     path = tmp_path / "rules.yml"
     path.write_text(yaml.safe_dump(rule["spec"]))
     judged = tool("promtool", "check", "rules", str(path))
     assert judged.returncode == 0, judged.stdout + judged.stderr
+
+
+def test_every_scrape_has_the_job_that_the_rules_are_about(
+    deploy: Path, monitoring: list[Object]
+) -> None:
+    rules = (deploy / "prometheus" / "guard.rules.yml").read_text()
+    config = yaml.safe_load((deploy / "compose" / "prometheus.yml").read_text())
+    (scraped,) = config["scrape_configs"]
+    jobs = set(re.findall(r'job="(\w+)"', rules))
+    (endpoint,) = of_kind(monitoring, "ServiceMonitor")["spec"]["endpoints"]
+    assert jobs == {scraped["job_name"]}
+    assert endpoint["relabelings"] == [
+        {"targetLabel": "job", "replacement": scraped["job_name"]}
+    ]
 
 
 def test_rules_that_were_changed_on_one_side_only_are_seen(
@@ -354,7 +368,7 @@ def test_rules_that_were_changed_on_one_side_only_are_seen(
         )
 
     source, target = tmp_path / "rules.yml", tmp_path / "rules.yaml"
-    source.write_bytes((deploy / "prometheus" / "rules.yml").read_bytes())
+    source.write_bytes((deploy / "prometheus" / "guard.rules.yml").read_bytes())
     assert build("--check").returncode == 1
     assert build().returncode == 0
     assert build("--check").returncode == 0
