@@ -12,7 +12,7 @@ SOURCE = HERE.parent / "prometheus" / "guard.rules.yml"
 TARGET = HERE / "monitoring" / "rules.yaml"
 
 HEAD = """\
-# Made of deploy/prometheus/guard.rules.yml by deploy/kubernetes/build.py; change that one.
+# Made of deploy/prometheus/guard.rules.yml by deploy/kubernetes/build.py: change that.
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:
