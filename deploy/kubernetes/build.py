@@ -12,7 +12,7 @@ SOURCE = HERE.parent / "prometheus" / "rules.yml"
 TARGET = HERE / "monitoring" / "rules.yaml"
 
 HEAD = """\
-# Made of deploy/prometheus/rules.yml by deploy/kubernetes/build.py; change that one.
+# Made of deploy/prometheus/rules.yml by deploy/kubernetes/build.py: change that.
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:

@@ -343,6 +343,20 @@ def test_the_rules_are_those_of_prometheus(
     assert judged.returncode == 0, judged.stdout + judged.stderr
 
 
+def test_every_scrape_has_the_job_that_the_rules_are_about(
+    deploy: Path, monitoring: list[Object]
+) -> None:
+    rules = (deploy / "prometheus" / "rules.yml").read_text()
+    config = yaml.safe_load((deploy / "compose" / "prometheus.yml").read_text())
+    (scraped,) = config["scrape_configs"]
+    jobs = set(re.findall(r'job="(\w+)"', rules))
+    (endpoint,) = of_kind(monitoring, "ServiceMonitor")["spec"]["endpoints"]
+    assert jobs == {scraped["job_name"]}
+    assert endpoint["relabelings"] == [
+        {"targetLabel": "job", "replacement": scraped["job_name"]}
+    ]
+
+
 def test_rules_that_were_changed_on_one_side_only_are_seen(
     deploy: Path, tmp_path: Path
 ) -> None:

@@ -180,12 +180,12 @@ def test_an_alert_about_a_guarded_server_reaches_alertmanager(
         return read_json(f"{prometheus}/api/v1/{path}")["data"]
 
     (target,) = wait_for(lambda: told("targets?state=active")["activeTargets"])
-    assert target["labels"]["job"] == "guard"
+    assert target["labels"]["job"] == "vllm"
     wait_for(lambda: told("targets?state=active")["activeTargets"][0]["health"] == "up")
     files = {Path(group["file"]).name for group in told("rules")["groups"]}
     assert files == {"guard.yml", "well.yml"}
-    alert = wait_for(lambda: read_json(f"{alertmanager}/api/v2/alerts"))[0]
-    assert alert["labels"]["alertname"] == "AllIsWell"
+    asked = f"{alertmanager}/api/v2/alerts?filter=alertname%3DAllIsWell"
+    (alert,) = wait_for(lambda: read_json(asked))
     assert alert["labels"]["instance"] == pod.url.removeprefix("http://")
     assert alert["receivers"] == [{"name": "operator"}]
     assert alert["status"]["state"] == "active"
