@@ -8,6 +8,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from guard.drift import PolicyDrift
 from guard.generation import Generation
 from guard.http.desk import PolicyDesk
 from guard.http.keys import KeyRing
@@ -46,6 +47,9 @@ class Board:
             certificates=_certificates(generation),
             registry=registry,
         )
+        self._drifts: dict[str, tuple[str, PolicyDrift]] = {}
+        """By policy its fingerprint, and the drift of what runs under that."""
+        self._follow(generation)
         self.ready = False
         """Whether every engine has said that it is guarded."""
 
@@ -69,6 +73,21 @@ class Board:
             certificates=_certificates(generation),
             generation=generation.number,
         )
+        self._follow(generation)
+
+    def _follow(self, generation: Generation) -> None:
+        """Begin anew with the drift of policies that are not what they were."""
+        before, self._drifts = self._drifts, {}
+        for name, fingerprint in generation.fingerprints.items():
+            known = before.pop(name, None)
+            if known is None or known[0] != fingerprint:
+                policy = generation.policy_file.policies[name]
+                drift = PolicyDrift(policy, generation.calibrations)
+                self.metrics.show_drift(name, drift.log_evalues)
+                known = fingerprint, drift
+            self._drifts[name] = known
+        for name, (_, gone) in before.items():
+            self.metrics.show_drift(name, dict.fromkeys(gone.log_evalues, 0.0))
 
     def take(self, request: Any, progress: Progress) -> None:
         """Keep a request's progress: vLLM's `RequestState` carries its verdict."""
@@ -89,13 +108,20 @@ class Board:
         if counted.get("unscored"):
             self.metrics.count_unscored("no_score", counted["unscored"])
 
-    def finish(self, request: Any) -> None:
-        """Count a request that is over, if the engine ever spoke of it."""
+    def finish(self, request: Any, *, cut_short: bool) -> None:
+        """Count a request that is over, if the engine ever spoke of it.
+
+        Args:
+            request: vLLM's `RequestState`.
+            cut_short: Whether its client left, or the engine failed it.
+        """
         known = getattr(request, "guard_progress", None)
         if known is None:
             return
         verdict, progress = known
         self.metrics.finish(verdict, progress.ratios)
+        if not cut_short:
+            self._observe_drift(verdict, progress)
         if verdict.reason is not None and verdict.action != "block":
             self.metrics.count_let_through(verdict.reason)
             logger.warning(
@@ -109,6 +135,16 @@ class Board:
                 self.metrics.observe_error_norm(value)
             elif name.startswith("clamp_residual:"):
                 self.metrics.observe_clamp_residual(value)
+
+    def _observe_drift(self, verdict: Verdict, progress: Progress) -> None:
+        """Hold a request that ran to its end against those of the calibration."""
+        fingerprint, drift = self._drifts.get(verdict.policy, (None, None))
+        if drift is None or fingerprint != verdict.fingerprint:
+            return  # it began before a reload
+        moved = drift.observe(
+            verdict, progress.maxima, total_length=progress.total_length
+        )
+        self.metrics.show_drift(verdict.policy, moved)
 
 
 def _digests(generation: Generation) -> dict[str, str]:
