@@ -74,6 +74,7 @@ def test_every_series_exists_before_the_first_event(metrics, registry):
             },
         ),
         ("score_ratio_count", {"policy": "default", "monitor": "recovery"}),
+        ("drift_log_evalue", {"policy": "default", "monitor": "recovery"}),
         ("error_norm_ratio_count", {}),
         ("alarm_position_tokens_count", {}),
         ("clamp_residual_activation_count", {}),
@@ -176,6 +177,14 @@ def test_a_timed_hook_is_observed(metrics, registry):
     assert registry.get_sample_value("guard_hook_seconds_count") == 1.0
     bucket = registry.get_sample_value("guard_hook_seconds_bucket", {"le": "0.0003"})
     assert bucket == 1.0
+
+
+def test_drift_is_shown_as_it_is_told(metrics, registry):
+    metrics.show_drift("default", {"recovery": -1.5})
+    labels = {"policy": "default", "monitor": "recovery"}
+    assert registry.get_sample_value("guard_drift_log_evalue", labels) == -1.5
+    labels["policy"] = "watch"
+    assert registry.get_sample_value("guard_drift_log_evalue", labels) == 0.0
 
 
 def test_no_series_carries_a_request_id(metrics, registry):
