@@ -51,6 +51,7 @@ bench: .venv/.ready build/organism-1
 	$(bin)/python -m benchmarks.reload
 	$(bin)/python -m benchmarks.soak
 	$(bin)/python -m benchmarks.false_alarms
+	$(bin)/python -m benchmarks.drift
 	$(bin)/python -m benchmarks.detection --organism build/organism-1
 	$(bin)/guard certify --policy guard/demo/organism/policy.yaml \
 		--output benchmarks/results/certificate.json

@@ -195,6 +195,16 @@ class Metrics:
             if alarm.position is not None:
                 self._alarm_position.observe(alarm.position)
 
+    def show_drift(self, policy: str, log_evalues: Mapping[str, float]) -> None:
+        """Show the evidence that traffic is not like the calibration's.
+
+        Args:
+            policy: Whose monitors.
+            log_evalues: Natural logarithms, by monitor.
+        """
+        for monitor, log_evalue in log_evalues.items():
+            self._drift.labels(policy, monitor).set(log_evalue)
+
     def _declare_counters(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(
             "guard_requests",
@@ -339,6 +349,14 @@ class Metrics:
             registry=registry,
         )
 
+        self._drift = Gauge(
+            "guard_drift_log_evalue",
+            "Log e-value that scores are not like the calibration's; drift above 6.9.",
+            ["policy", "monitor"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+
     def _declare_infos(self, registry: CollectorRegistry) -> None:
         """Declare the constant series: gauges at 1 with facts as labels.
 
@@ -387,6 +405,7 @@ class Metrics:
                 self._clamped.labels(name, rule.name)
             for monitor in policy.monitors:
                 self._score_ratio.labels(name, monitor.name)
+                self._drift.labels(name, monitor.name)
                 action = monitor.on_alarm if policy.mode == "enforce" else "flag"
                 for stage in ("prompt", "output"):
                     self._alarms.labels(name, monitor.name, stage, action)

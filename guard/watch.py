@@ -362,6 +362,11 @@ class Watch:
         }
 
     @property
+    def maxima(self) -> list[float]:
+        """Largest score so far of each monitor; -inf where none was of its stage."""
+        return [running.maximum for running in self._running]
+
+    @property
     def observed(self) -> dict[str, float]:
         """Largest value so far of each column without a threshold."""
         return {name: max(seen.maximum, 0.0) for name, seen in self._seen.items()}

@@ -75,6 +75,7 @@ def test_every_series_exists_before_the_first_event(metrics, registry):
             },
         ),
         ("score_ratio_count", {"policy": "default", "monitor": "recovery"}),
+        ("drift_log_evalue", {"policy": "default", "monitor": "recovery"}),
         ("error_norm_ratio_count", {}),
         ("alarm_position_tokens_count", {}),
         ("clamp_residual_activation_count", {}),
@@ -179,6 +180,14 @@ def test_a_timed_hook_is_observed(metrics, registry):
     assert bucket == 1.0
 
 
+def test_drift_is_shown_as_it_is_told(metrics, registry):
+    metrics.show_drift("default", {"recovery": -1.5})
+    labels = {"policy": "default", "monitor": "recovery"}
+    assert registry.get_sample_value("guard_drift_log_evalue", labels) == -1.5
+    labels["policy"] = "watch"
+    assert registry.get_sample_value("guard_drift_log_evalue", labels) == 0.0
+
+
 def test_no_series_carries_a_request_id(metrics, registry):
     metrics.finish(make_verdict("block", alarms=(BLOCK_ALARM,)), {})
     assert b'"id"' not in generate_latest(registry)
@@ -280,7 +289,7 @@ def test_a_replica_has_as_many_series_as_the_page_on_scale_says() -> None:
 
     bare = count(1, 0, 0)
     assert count(2, 0, 0) - bare == 7
-    assert count(1, 1, 0) - bare == 21
+    assert count(1, 1, 0) - bare == 22
     assert count(1, 0, 1) - bare == 2
     assert bare - 7 < 120
     assert count(4, 10, 4) < 1000

@@ -51,6 +51,8 @@ class Watched:
     """Its policy."""
     generation: Generation
     """Of policies, under which it began and will end."""
+    total_length: int
+    """Most tokens it can have, prompt and output."""
     watch: Watch
     trace: Trace
     """How much of its readings the client asked to see."""
@@ -230,6 +232,7 @@ def _watch(
         id=ticket.guard_id,
         name=ticket.policy,
         generation=generation,
+        total_length=total,
         trace=ticket.trace,
         held=Holding(policy.hold_tokens) if holds else None,
         drill=ticket.drill,

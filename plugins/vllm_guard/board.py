@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from guard.audit import AuditLog
+from guard.drift import PolicyDrift
 from guard.generation import Generation
 from guard.http.desk import PolicyDesk
 from guard.http.keys import KeyRing
@@ -52,6 +53,9 @@ class Board:
             certificates=_certificates(generation),
             registry=registry,
         )
+        self._drifts: dict[str, tuple[str, PolicyDrift]] = {}
+        """By policy its fingerprint, and the drift of what runs under that."""
+        self._follow(generation)
         self.ready = False
         """Whether every engine has said that it is guarded."""
         self._unsaid = 0
@@ -79,6 +83,21 @@ class Board:
             certificates=_certificates(generation),
             generation=generation.number,
         )
+        self._follow(generation)
+
+    def _follow(self, generation: Generation) -> None:
+        """Begin anew with the drift of policies that are not what they were."""
+        before, self._drifts = self._drifts, {}
+        for name, fingerprint in generation.fingerprints.items():
+            known = before.pop(name, None)
+            if known is None or known[0] != fingerprint:
+                policy = generation.policy_file.policies[name]
+                drift = PolicyDrift(policy, generation.calibrations)
+                self.metrics.show_drift(name, drift.log_evalues)
+                known = fingerprint, drift
+            self._drifts[name] = known
+        for name, (_, gone) in before.items():
+            self.metrics.show_drift(name, dict.fromkeys(gone.log_evalues, 0.0))
 
     def begin(self, request: Any, verdict: Verdict) -> None:
         """Know a request before the engine speaks of it.
@@ -111,8 +130,13 @@ class Board:
             self.metrics.count_unscored("not_finite", counted["not_finite"])
             self.metrics.count_error("model")
 
-    def finish(self, request: Any) -> None:
-        """Count a request that is over, once: vLLM may end a choice several times."""
+    def finish(self, request: Any, *, cut_short: bool) -> None:
+        """Count a request that is over, once: vLLM may end a choice several times.
+
+        Args:
+            request: vLLM's `RequestState`.
+            cut_short: Whether its client left, or the engine failed it.
+        """
         begun = vars(request).pop("guard_begun", None)
         if begun is None:
             return
@@ -124,6 +148,8 @@ class Board:
         self.metrics.finish(verdict, progress.ratios)
         if self.audit is not None:
             self.audit.record(verdict, _choice_of(request))
+        if not cut_short:
+            self._observe_drift(verdict, progress)
         if verdict.reason is not None and verdict.action != "block":
             self.metrics.count_let_through(verdict.reason)
             self._say_let_through(verdict)
@@ -150,6 +176,16 @@ class Board:
         )
         self._unsaid = 0
         self._silent_until = time.monotonic() + SILENT_SECONDS
+
+    def _observe_drift(self, verdict: Verdict, progress: Progress) -> None:
+        """Hold a request that ran to its end against those of the calibration."""
+        fingerprint, drift = self._drifts.get(verdict.policy, (None, None))
+        if drift is None or fingerprint != verdict.fingerprint:
+            return  # it began before a reload
+        moved = drift.observe(
+            verdict, progress.maxima, total_length=progress.total_length
+        )
+        self.metrics.show_drift(verdict.policy, moved)
 
 
 def _digests(generation: Generation) -> dict[str, str]:

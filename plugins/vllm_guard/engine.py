@@ -294,6 +294,8 @@ def _tell(output: Any, watched: Watched) -> None:
     progress = Progress(
         verdict=watched.tell(),
         ratios=watched.watch.ratios,
+        maxima=watched.watch.maxima,
+        total_length=watched.total_length,
         observed=watched.watch.observed,
         counted={},
         hook_seconds=[],

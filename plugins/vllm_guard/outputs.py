@@ -112,12 +112,13 @@ def _process_piece(
             board.metrics.count_error("engine")
         if output.stop_reason == BLOCK_REASON:
             _fill_prompt_logprobs(request)
+    failed = [o.request_id for o in outputs if _has_failed(o)]
     result = original(processor, outputs, *args, **kwargs)
     # The engine core knows nothing of it, and would go on.
     result.reqs_to_abort.extend(refused)
     for request_id, request in present.items():
         if request_id not in processor.request_states:
-            board.finish(request)
+            board.finish(request, cut_short=request_id in failed)
     return result
 
 
@@ -154,6 +155,13 @@ def _refuse(output: Any) -> None:
     output.finish_reason = FinishReason.ERROR
 
 
+def _has_failed(output: Any) -> bool:
+    """Whether a request ends here although neither model nor guard ended it."""
+    from vllm.v1.engine import FinishReason
+
+    return output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)
+
+
 def _fill_prompt_logprobs(request: Any) -> None:
     """Say "none" for each prompt token whose logprob a block held back.
 
@@ -177,7 +185,7 @@ def _abort_requests(
     aborted = original(processor, request_ids, *args, **kwargs)
     for request_id in aborted:
         if request_id in before:
-            context.get_board().finish(before[request_id])
+            context.get_board().finish(before[request_id], cut_short=True)
     return aborted
 
 

@@ -91,6 +91,10 @@ class Progress(NamedTuple):
     """`Verdict.to_wire()`, a running total."""
     ratios: dict[str, float]
     """Largest score / threshold so far, by monitor."""
+    maxima: list[float]
+    """Largest score so far, in the order of the policy's monitors."""
+    total_length: int
+    """Most tokens the request can have, prompt and output."""
     observed: dict[str, float]
     """Largest value so far of what has no threshold, by name."""
     counted: dict[str, int]

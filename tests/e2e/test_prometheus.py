@@ -94,6 +94,18 @@ def test_a_request_is_counted_once_under_its_policy(toy_server: Server) -> None:
     assert toy_server.metrics()[series] == before + 2
 
 
+def test_every_finished_request_moves_the_evidence_of_drift(
+    toy_server: Server,
+) -> None:
+    series = 'guard_drift_log_evalue{monitor="recovery",policy="default"}'
+    before = toy_server.metrics()[series]
+    for _ in range(40):  # the same words over and over: no such traffic
+        toy_server.client.completions.create(
+            model="model", prompt="w1 w2 w3", max_tokens=1
+        )
+    assert toy_server.metrics()[series] != before
+
+
 def test_a_clamp_counts_the_tokens_that_a_client_reads_of(toy_server: Server) -> None:
     series = 'guard_clamped_tokens_total{clamp="hold",policy="default"}'
     before = toy_server.metrics()[series]

@@ -56,8 +56,10 @@ class FakeBoard:
         self.counted = 0
         self.finished: list[Any] = []
         self.errors: list[str] = []
-        self.finish = self.finished.append
         self.metrics = SimpleNamespace(count_error=self.errors.append)
+
+    def finish(self, request: Any, *, cut_short: bool) -> None:
+        self.finished.append(request)
 
     def take(self, request: Any, progress: Progress) -> None:
         self.taken.append((request, progress.verdict["tokens_seen"]))
@@ -68,7 +70,8 @@ class FakeBoard:
 
 def make_output(name: str, token: int, *, last: bool = False) -> EngineCoreOutput:
     """Make an output whose verdict has seen as many tokens as its own token says."""
-    progress = Progress({"tokens_seen": token % STOP}, {}, {}, {"decode": 1}, [])
+    seen = {"tokens_seen": token % STOP}
+    progress = Progress(seen, {}, [], 0, {}, {"decode": 1}, [])
     return EngineCoreOutput(
         name,
         [token],
