@@ -190,6 +190,7 @@ class Clamp(nn.Module):
     rule_of: Tensor  # [slots, U]; MAX_RULES where no rule applies
     condition_of: Tensor  # [slots, MAX_RULES]
     sticky: Tensor  # [slots, MAX_RULES] scope: request
+    enforces: Tensor  # [slots] mode: enforce
     above: Tensor  # [W]
     watched: Tensor  # [W, U]
     bits: Tensor  # [MAX_RULES]
@@ -266,6 +267,8 @@ class Clamp(nn.Module):
             self.columns[column] = latent
         self._columns_of[bank] = column_of
         free = self._find_free_conditions(bank)
+        for slot, policy in enumerate(policies, first):
+            self.enforces[slot] = policy.mode == "enforce"
         for slot, place, rule in rules:
             where = first + slot
             self._compile_law(where, place, rule, column_of)
@@ -313,6 +316,7 @@ class Clamp(nn.Module):
             table(name, (num_slots, width), value)
         table("condition_of", (num_slots, MAX_RULES), 0)
         table("sticky", (num_slots, MAX_RULES), False)
+        table("enforces", (num_slots,), False)
         table("above", (num_conditions + 1,), torch.inf)
         table("watched", (num_conditions + 1, width), False)
         table("columns", (width,), 0)
@@ -325,6 +329,7 @@ class Clamp(nn.Module):
             getattr(self, name)[slots] = value
         self.condition_of[slots] = 0
         self.sticky[slots] = False
+        self.enforces[slots] = False
 
     def _compile_law(
         self, slot: int, place: int, rule: Rule, column_of: dict[int, int]
@@ -349,6 +354,8 @@ class Clamp(nn.Module):
 
     def forward(self, resid: Tensor, rows: Rows, *, state: Tensor) -> ClampDelta:
         """Return what to add to `resid` so that every row obeys its policy.
+
+        For a policy that observes, what would be added: `enforces` says which do not.
 
         Args:
             resid: fp32 `[num_tokens, d_model]`.

@@ -209,9 +209,11 @@ class Guard(nn.Module):
         """
         rows = self.step.rows(len(hidden_states))
         if self.has_clamps or self.drills is not None:
-            self._clamp(hidden_states, residual, rows)
+            resid = self._clamp(hidden_states, residual, rows)
+        else:
+            resid = read_resid(hidden_states, residual)
         if self.has_monitors:
-            self._monitor(read_resid(hidden_states, residual), rows)
+            self._monitor(resid, rows)
         self.step.marks_of(len(hidden_states)).visits.add_(1)
 
     def write(
@@ -248,26 +250,41 @@ class Guard(nn.Module):
 
     def _clamp(
         self, hidden_states: Tensor, residual: Tensor | None, rows: Rows
-    ) -> None:
+    ) -> Tensor:
+        """Clamp the rows of who enforces, and return all as if they were clamped.
+
+        A drill rehearses what would be done: its rows are clamped in any case.
+        """
         resid = read_resid(hidden_states, residual)
         marks = self.step.marks_of(len(resid))
         total = torch.zeros_like(resid)
         touched = torch.zeros_like(rows.slot, dtype=torch.bool)
+        observed = torch.zeros_like(touched)
         for part in self.dictionaries:
             if not len(part.clamp.columns):
                 continue
             clamped = part.clamp(resid, rows, state=self.step.state)
             total += clamped.delta
             touched |= clamped.touched
+            observed |= ~part.clamp.enforces[rows.slot]
             marks.clamped.bitwise_or_(clamped.clamped)
             marks.fired.bitwise_or_(clamped.fired)
         if self.drills is not None:
             edit = self.drills[self.step.drills_of(len(resid))]
             total += edit
-            touched |= edit.ne(0).any(1)
-        moved = (hidden_states.float() + total).to(hidden_states.dtype)
+            edited = edit.ne(0).any(1)
+            touched |= edited
+            observed &= ~edited
+        moved = hidden_states.float() + total
+        observed = (observed & touched)[:, None]
         # A row that nothing touches keeps its bits: -0.0 + 0.0 would not.
-        hidden_states.copy_(torch.where(touched[:, None], moved, hidden_states))
+        written = touched[:, None] & ~observed
+        rounded = moved.to(hidden_states.dtype)
+        hidden_states.copy_(torch.where(written, rounded, hidden_states))
+        if not self.has_monitors:
+            return resid
+        flowing = read_resid(hidden_states, residual)
+        return torch.where(observed, read_resid(moved, residual), flowing)
 
     def _monitor(self, resid: Tensor, rows: Rows) -> None:
         scores = self.step.scores[: len(resid)]

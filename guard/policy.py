@@ -282,7 +282,12 @@ class Policy(_Frozen):
     """What one request runs under."""
 
     mode: Mode = "enforce"
-    """Whether the guard acts or only reports."""
+    """Whether the guard acts or only reports.
+
+    Under `observe` no clamp changes anything and no alarm stops anything. What is read
+    at a clamped hook point is read as if it had been clamped; what lies behind it flows
+    unclamped, and is read so.
+    """
     hold_tokens: Annotated[int, Field(ge=0, le=1024)] = 0
     """How many of the last tokens are kept back while an answer grows.
 
@@ -435,10 +440,15 @@ class PolicyFile(_Frozen):
         found |= {self.saes[drill.sae].hook_point: None for drill in self.drills}
         return tuple(found)
 
-    def without_monitors(self) -> Self:
-        """Return the same file, its policies without monitors, and so uncertified."""
+    def for_recording(self) -> Self:
+        """Return the file that calibrations are recorded under.
+
+        Its policies have no monitors yet, and are uncertified; and each enforces, so
+        that what is recorded lies behind its clamps.
+        """
+        own = {"monitors": (), "certificate": None, "mode": "enforce"}
         policies = {
-            name: policy.model_copy(update={"monitors": (), "certificate": None})
+            name: policy.model_copy(update=own)
             for name, policy in self.policies.items()
         }
         return self.model_copy(update={"policies": policies})

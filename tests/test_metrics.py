@@ -292,4 +292,4 @@ def test_a_replica_has_as_many_series_as_the_page_on_scale_says() -> None:
     assert count(1, 1, 0) - bare == 22
     assert count(1, 0, 1) - bare == 2
     assert bare - 7 < 120
-    assert count(4, 10, 4) < 1000
+    assert count(4, 9, 4) < 1000

@@ -553,6 +553,45 @@ def test_scores_are_taken_behind_the_drill() -> None:
     assert step.marks_of(2).clamped.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_who_observes_is_read_as_if_clamped_and_changed_by_a_drill_alone(
+    dtype: torch.dtype,
+) -> None:
+    enforcing = watched_file("density", clamps=(hold("r"),))
+    observing = enforcing.policies["p"].model_copy(update={"mode": "observe"})
+    policy_file = enforcing.model_copy(
+        update={"policies": enforcing.policies | {"w": observing}}
+    )
+    policy_file = add_drills(policy_file, "a")
+    columns = list_columns(policy_file)
+    step = StepBuffers(max_tokens=4, max_requests=1, num_columns=len(columns))
+    (guard,) = build_guards(
+        policy_file,
+        {"a": make_sae()},
+        {"c": calibrate(enforcing)},
+        step,
+        edits={"d1": make_edit(draw_rows(1, seed=3)[0])},
+    ).values()
+    enforce, observe = 1, 3
+    before = draw_rows(1, seed=1).to(dtype).repeat(4, 1)
+    before[:, 0] = -0.0
+    residual = draw_rows(1, seed=2).to(dtype).repeat(4, 1)
+    step.rows_in[:4, 0] = torch.tensor([enforce, observe, enforce, observe])
+    step.rows_in[:4, 3] = torch.tensor([0, 0, 1, 1])
+    rows = before.clone()
+    guard(rows, residual)
+    clamped, observed, drilled, rehearsed = rows
+    assert not torch.equal(clamped, before[0])
+    assert_same_bits(observed, before[1])
+    assert_same_bits(rehearsed, drilled)
+    own = [i for i, column in enumerate(columns) if column.score == "density"]
+    scores = step.scores[:4, own[0]]
+    rounding = 20 * torch.finfo(dtype).eps
+    assert scores[1].item() == pytest.approx(scores[0].item(), rel=rounding)
+    assert scores[3] == scores[2] != scores[0]
+    assert step.marks_of(4).clamped.tolist() == [1, 1, 1, 1]
+
+
 def test_an_edit_of_another_width_is_refused() -> None:
     policy_file = add_drills(make_policy_file({"p": Policy()}, saes={"a": AT}), "a")
     step = StepBuffers(max_tokens=2, max_requests=1, num_columns=0)

@@ -190,9 +190,10 @@ def test_every_place_is_listed_once_and_stays_without_monitors(tmp_path: Path) -
     policy_file = load_policy(write(tmp_path, edit(FULL, "on_alarm: block}", more)))
     places = ("layers.12.resid_post", "layers.20.resid_post")
     assert policy_file.hook_points == places
-    bare = load_policy(
-        write(tmp_path, edit(CERTIFIED, "on_alarm: block}", more))
-    ).without_monitors()
+    text = edit(CERTIFIED, "on_alarm: block}", more)
+    observing = write(tmp_path, edit(text, "mode: enforce", "mode: observe"))
+    bare = load_policy(observing).for_recording()
+    assert bare.policies["default"].mode == "enforce"
     assert bare.policies["default"].monitors == ()
     assert bare.policies["default"].certificate is None
     assert bare.policies["default"].clamps == policy_file.policies["default"].clamps

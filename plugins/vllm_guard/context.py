@@ -148,7 +148,7 @@ def enter() -> bool:
     hook_points = policy_file.hook_points
     if os.environ.get(RECORD_VARIABLE):
         # Monitors that are not calibrated yet: only their places are of interest.
-        policy_file = policy_file.without_monitors()
+        policy_file = policy_file.for_recording()
         recorder = Recorder()
     generation = load_generation(policy_file)
     _check_unchanged(path, generation.fingerprint)
