@@ -348,12 +348,34 @@ def drill(
 
 
 @app.command()
-def status(url: UrlOption = _LOCAL, api_key: KeyOption = "") -> None:
-    """Show what a running server says of its guard."""
-    from guard.client import Client
+def status(
+    url: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of a server, {_LOCAL} without; may be given again."),
+    ] = None,
+    *,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Stay, and ask again and again.")
+    ] = False,
+    every: Annotated[
+        float, typer.Option(min=0.2, help="How many seconds --watch waits between.")
+    ] = 2.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print /guard/status as it comes.")
+    ] = False,
+    api_key: KeyOption = "",
+) -> None:
+    """Show what running servers say of their guard, and what it did."""
+    from guard.command import status as command
 
-    said = Client(url, api_key=api_key).call("/guard/status")
-    typer.echo(json.dumps(said, indent=2))
+    urls = url or [_LOCAL]
+    if as_json:
+        for said in command.tell_status(urls, api_key=api_key):
+            typer.echo(json.dumps(said, indent=2))
+    elif watch:
+        command.watch_servers(urls, api_key=api_key, every=every, console=Console())
+    else:
+        command.show_servers(urls, api_key=api_key, console=Console())
 
 
 def main() -> None:
