@@ -16,6 +16,7 @@ from guard.errors import CalibrationError, EngineError, GuardError, PolicyError
 from guard.fingerprint import fingerprint
 from guard.policy import PolicyFile, load_policy
 from guard.prompt import read_prompts
+from guard.schema import policy_schema
 
 __all__ = ["app", "main"]
 
@@ -90,10 +91,22 @@ def demo(
 
 
 @app.command()
-def check(policy: Annotated[Path, typer.Argument(help="The policy file.")]) -> None:
+def check(
+    policy: Annotated[Path | None, typer.Argument(help="The policy file.")] = None,
+    *,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print its JSON schema and stop.")
+    ] = False,
+) -> None:
     """Check a policy file with its SAEs and calibrations, without an engine."""
     from guard.check import check_policy
 
+    if schema:
+        typer.echo(json.dumps(policy_schema(), indent=2))
+        return
+    if policy is None:
+        message = "No policy file was named; expected one, or --schema."
+        raise PolicyError(message)
     policy_file = load_policy(policy)
     check_policy(policy_file)
     certificates = load_certificates(policy_file)
