@@ -361,6 +361,27 @@ def drill(
 
 
 @app.command()
+def doctor(
+    *,
+    policy: Annotated[
+        Path | None,
+        typer.Option(envvar="GUARD_POLICY", help="The policy file to look at."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The folder of the model it is for.")
+    ] = None,
+    url: Annotated[str, typer.Option("--url", help="Of a running server.")] = "",
+    api_key: KeyOption = "",
+) -> None:
+    """Look for what is broken, and say what mends it; exit with 1 if anything is."""
+    from guard.command.doctor import Subject, run_doctor
+
+    subject = Subject(policy=policy, model=model, url=url, api_key=api_key)
+    if not run_doctor(subject, console=Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
 def status(
     url: Annotated[
         list[str] | None,

@@ -27,14 +27,14 @@ def _tidy(node: Any) -> Any:
         return [_tidy(item) for item in node]
     if not isinstance(node, dict):
         return node
-    tidied = {}
+    tidied: dict[str, Any] = {}
     for key, value in node.items():
         if key in {"properties", "$defs"}:
             tidied[key] = {name: _tidy(child) for name, child in value.items()}
         elif key == "description":
             tidied[key] = " ".join(value.split())
         elif key != "title":
-            tidied[_KEYWORDS.get(key, key)] = _tidy(value)
+            tidied[_KEYWORDS[key] if key in _KEYWORDS else key] = _tidy(value)
     if "patternProperties" in tidied:
         tidied["additionalProperties"] = False
     return tidied
