@@ -34,7 +34,7 @@ def _tidy(node: Any) -> Any:
         elif key == "description":
             tidied[key] = " ".join(value.split())
         elif key != "title":
-            tidied[_KEYWORDS[key] if key in _KEYWORDS else key] = _tidy(value)
+            tidied[str(_KEYWORDS.get(key, key))] = _tidy(value)
     if "patternProperties" in tidied:
         tidied["additionalProperties"] = False
     return tidied
