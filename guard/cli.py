@@ -130,7 +130,7 @@ ModelArgument = Annotated[
 NameOption = Annotated[
     str, typer.Option(help="The policy of the file; its default without.")
 ]
-PromptsOption = Annotated[Path, typer.Option(help="JSON lines, see the README.")]
+PromptsOption = Annotated[Path, typer.Option(help="JSON lines, see docs/monitors.md.")]
 DtypeOption = Annotated[str, typer.Option(help="As the server will run it.")]
 LengthOption = Annotated[int | None, typer.Option(help="Longest context, in tokens.")]
 
