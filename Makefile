@@ -4,6 +4,7 @@
 #   make test    the whole test suite                    ARGS="-k clamp" WORKERS=0
 #   make check   lint, format, types, import contract
 #   make fuzz    many more hostile files and requests    CASES=10000
+#   make docs    the generated parts of docs/
 #   make sbom    build/sbom.json: what an installation is made of, with licences
 #   make bench   benchmarks/results/*.json
 
@@ -18,7 +19,7 @@ bin := .venv/bin
 export PATH := $(CURDIR)/$(bin):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz check sbom bench clean
+.PHONY: help demo test fuzz check docs sbom bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,6 +40,9 @@ check: .venv/.ready
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/lint-imports
+
+docs: .venv/.ready
+	$(bin)/python .ci/reference.py
 
 sbom: .venv/.ready
 	$(bin)/python .ci/sbom.py build/sbom.json

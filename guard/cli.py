@@ -16,6 +16,7 @@ from guard.errors import CalibrationError, EngineError, GuardError, PolicyError
 from guard.fingerprint import fingerprint
 from guard.policy import PolicyFile, load_policy
 from guard.prompt import read_prompts
+from guard.schema import policy_schema
 
 __all__ = ["app", "main"]
 
@@ -94,10 +95,22 @@ def demo(
 
 
 @app.command()
-def check(policy: Annotated[Path, typer.Argument(help="The policy file.")]) -> None:
+def check(
+    policy: Annotated[Path | None, typer.Argument(help="The policy file.")] = None,
+    *,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print its JSON schema and stop.")
+    ] = False,
+) -> None:
     """Check a policy file with its SAEs and calibrations, without an engine."""
     from guard.check import check_policy
 
+    if schema:
+        typer.echo(json.dumps(policy_schema(), indent=2))
+        return
+    if policy is None:
+        message = "No policy file was named; expected one, or --schema."
+        raise PolicyError(message)
     policy_file = load_policy(policy)
     check_policy(policy_file)
     certificates = load_certificates(policy_file)
@@ -121,7 +134,7 @@ ModelArgument = Annotated[
 NameOption = Annotated[
     str, typer.Option(help="The policy of the file; its default without.")
 ]
-PromptsOption = Annotated[Path, typer.Option(help="JSON lines, see the README.")]
+PromptsOption = Annotated[Path, typer.Option(help="JSON lines, see docs/monitors.md.")]
 DtypeOption = Annotated[str, typer.Option(help="As the server will run it.")]
 LengthOption = Annotated[int | None, typer.Option(help="Longest context, in tokens.")]
 
@@ -352,12 +365,55 @@ def drill(
 
 
 @app.command()
-def status(url: UrlOption = _LOCAL, api_key: KeyOption = "") -> None:
-    """Show what a running server says of its guard."""
-    from guard.client import Client
+def doctor(
+    *,
+    policy: Annotated[
+        Path | None,
+        typer.Option(envvar="GUARD_POLICY", help="The policy file to look at."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The folder of the model it is for.")
+    ] = None,
+    url: Annotated[str, typer.Option("--url", help="Of a running server.")] = "",
+    api_key: KeyOption = "",
+) -> None:
+    """Look for what is broken, and say what mends it; exit with 1 if anything is."""
+    from guard.command.doctor import Subject, run_doctor
 
-    said = Client(url, api_key=api_key).call("/guard/status")
-    typer.echo(json.dumps(said, indent=2))
+    subject = Subject(policy=policy, model=model, url=url, api_key=api_key)
+    if not run_doctor(subject, console=Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    url: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of a server, {_LOCAL} without; may be given again."),
+    ] = None,
+    *,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Stay, and ask again and again.")
+    ] = False,
+    every: Annotated[
+        float, typer.Option(min=0.2, help="How many seconds --watch waits between.")
+    ] = 2.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print /guard/status as it comes.")
+    ] = False,
+    api_key: KeyOption = "",
+) -> None:
+    """Show what running servers say of their guard, and what it did."""
+    from guard.command import status as command
+
+    urls = url or [_LOCAL]
+    if as_json:
+        for said in command.tell_status(urls, api_key=api_key):
+            typer.echo(json.dumps(said, indent=2))
+    elif watch:
+        command.watch_servers(urls, api_key=api_key, every=every, console=Console())
+    else:
+        command.show_servers(urls, api_key=api_key, console=Console())
 
 
 def main() -> None:

@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
 from guard.errors import EngineError
 from guard.prompt import Prompt
 from guard.traffic import Told
@@ -24,7 +27,13 @@ class Client:
     """Talks to a server by URL, as any OpenAI client would."""
 
     def __init__(
-        self, url: str, *, api_key: str = "", policy: str = "", admin_token: str = ""
+        self,
+        url: str,
+        *,
+        api_key: str = "",
+        policy: str = "",
+        admin_token: str = "",
+        patience: float = _SECONDS,
     ) -> None:
         """Know the server; nothing is asked yet.
 
@@ -33,7 +42,9 @@ class Client:
             api_key: Where the server checks keys.
             policy: The policy that requests run under; the server's choice without.
             admin_token: As the server has it in its environment.
+            patience: Seconds that nothing may come for.
         """
+        self._patience = patience
         self._url = url.rstrip("/")
         self._headers = {"content-type": "application/json"}
         if api_key:
@@ -59,7 +70,7 @@ class Client:
         data = None if body is None else json.dumps(body).encode()
         try:
             request = urllib.request.Request(self._url + path, data, self._headers)
-            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+            with urllib.request.urlopen(request, timeout=self._patience) as answer:
                 return bytes(answer.read())
         except urllib.error.HTTPError as error:
             message = f"{self._url}{path} answered {error.code}: {_words(error)}"
@@ -74,6 +85,17 @@ class Client:
         except (OSError, HTTPException) as error:
             message = f"{self._url} does not answer as a guarded server: {error}."
             raise EngineError(message) from error
+
+    def read_metrics(self) -> list[Sample]:
+        """Return the guard's own samples of `/metrics`; otherwise like `call`."""
+        text = self.fetch("/metrics").decode(errors="replace")
+        try:
+            families = list(text_string_to_metric_families(text))
+        except ValueError as error:
+            message = f"{self._url}/metrics holds no metrics; expected Prometheus's."
+            raise EngineError(message) from error
+        samples = (sample for family in families for sample in family.samples)
+        return [sample for sample in samples if sample.name.startswith("guard_")]
 
     def ask(self, prompts: Sequence[Prompt]) -> Iterator[Told]:
         """Answer prompts greedily and yield what the guard told of each, in order.
@@ -136,5 +158,6 @@ def _words(error: urllib.error.HTTPError) -> str:
     """Return what a server says of an error, in one line."""
     text = error.read(2000).decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        text = json.loads(text)["error"]["message"]
+        said = json.loads(text)
+        text = said["reason"] if "reason" in said else said["error"]["message"]
     return " ".join(str(text).split())

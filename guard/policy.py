@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -88,15 +89,20 @@ def _refuse(message: str, *at: str | int, kind: str = "fault") -> NoReturn:
     raise PydanticCustomError(kind, "{message}", {"message": message, "at": at})
 
 
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
 def _check_name(value: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value) is None:
+    if _NAME.fullmatch(value) is None:
         _refuse(
             f"{value!r} is not a name; expected 1 to 64 letters, digits, '_', '.', '-'"
         )
     return value
 
 
-_RESID_POST = re.compile(r"layers\.(0|[1-9]\d{0,4})\.resid_post")
+_RESID_POST = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.resid_post")
+_RESID_PRE = re.compile(r"layers\.0\.resid_pre")
+"""The one other place: every further resid_pre has the name of a resid_post."""
 
 
 def _check_hook_point(value: str) -> str:
@@ -106,8 +112,7 @@ def _check_hook_point(value: str) -> str:
 
 
 def _check_read_point(value: str) -> str:
-    # The one other place: every further resid_pre has the name of a resid_post.
-    if value != "layers.0.resid_pre" and _RESID_POST.fullmatch(value) is None:
+    if not (_RESID_PRE.fullmatch(value) or _RESID_POST.fullmatch(value)):
         _refuse(
             f"{value!r} is not a hook point; expected layers.<n>.resid_post or "
             "layers.0.resid_pre"
@@ -115,8 +120,11 @@ def _check_read_point(value: str) -> str:
     return value
 
 
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+
+
 def _check_sha256(value: str) -> str:
-    if re.fullmatch(r"[0-9a-fA-F]{64}", value) is None:
+    if _SHA256.fullmatch(value) is None:
         _refuse("is not a sha256; expected 64 hexadecimal digits")
     return value.lower()
 
@@ -127,11 +135,16 @@ def _check_finite(value: float) -> float:
     return value
 
 
+def _built(field: str) -> list[str]:
+    every = get_args({"law": Law}[field])
+    return [choice for choice in every if choice not in _LATER[field]]
+
+
 def _check_built(value: str, info: ValidationInfo) -> str:
     if value in _LATER[str(info.field_name)]:
         _refuse(
             f"{value!r} is not built yet; expected one of "
-            f"{_choices(str(info.field_name))}",
+            f"{', '.join(_built(str(info.field_name)))}",
             kind="later",
         )
     return value
@@ -149,10 +162,22 @@ def _refuse_stable(value: bool) -> bool:
     return value
 
 
-Name = Annotated[str, AfterValidator(_check_name)]
-HookPointName = Annotated[str, AfterValidator(_check_hook_point)]
-ReadPointName = Annotated[str, AfterValidator(_check_read_point)]
-Sha256 = Annotated[str, AfterValidator(_check_sha256)]
+def _text(format: str, *patterns: re.Pattern[str]) -> WithJsonSchema:
+    """Return how the published schema tells a text that a function here checks."""
+    pattern = "|".join(pattern.pattern for pattern in patterns)
+    return WithJsonSchema(
+        {"type": "string", "format": format, "pattern": f"^({pattern})$"}
+    )
+
+
+Name = Annotated[str, AfterValidator(_check_name), _text("name", _NAME)]
+HookPointName = Annotated[
+    str, AfterValidator(_check_hook_point), _text("hook point", _RESID_POST)
+]
+ReadPointName = Annotated[
+    str, AfterValidator(_check_read_point), _text("hook point", _RESID_POST, _RESID_PRE)
+]
+Sha256 = Annotated[str, AfterValidator(_check_sha256), _text("sha256", _SHA256)]
 Finite = Annotated[float, AfterValidator(_check_finite)]
 FilePath = Annotated[Path, AfterValidator(_resolve)]
 Latent = Annotated[int, Field(ge=0, lt=2**31)]
@@ -160,7 +185,9 @@ Latents = Annotated[tuple[Latent, ...], Field(min_length=1, max_length=4096)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
 
 class SaeSource(_Frozen):
@@ -196,7 +223,11 @@ class Rule(_Frozen):
     """Key of `saes`."""
     latents: Latents
     """Indices of the latents that are held."""
-    law: Annotated[Law, AfterValidator(_check_built)]
+    law: Annotated[
+        Law,
+        AfterValidator(_check_built),
+        WithJsonSchema({"enum": _built("law")}),
+    ]
     """What is done to each activation."""
     value: Finite | None = None
     """The constant of the law; `ablate` has none."""
@@ -362,13 +393,15 @@ def _only_default(data: dict[str, Any]) -> tuple[str, ...]:
 
 
 class PolicyFile(_Frozen):
-    """A whole policy file; `load_policy` makes one."""
+    """A whole policy file, as `load_policy` reads it."""
 
     version: Literal[1]
     """Of the file format."""
     max_policies: Annotated[int, Field(ge=1, le=1024)] = 16
     """Slots that the engine reserves; more policies are an error."""
-    require_stable: Annotated[bool, AfterValidator(_refuse_stable)] = False
+    require_stable: Annotated[
+        bool, AfterValidator(_refuse_stable), WithJsonSchema({"const": False})
+    ] = False
     """Refuse clamps on latents that another SAE seed would not find."""
     allow_unverified_model: bool = False
     """Serve a model class whose stream convention was never checked."""
@@ -569,11 +602,6 @@ def _offer(names: Iterable[str]) -> str:
     return f"expected one of {known}" if known else "it is empty"
 
 
-def _choices(field: str) -> str:
-    every = get_args({"law": Law}[field])
-    return ", ".join(choice for choice in every if choice not in _LATER[field])
-
-
 _NOUNS: Mapping[str, str] = {
     "version": "a version this guard reads",
     "format": "an SAE format",
@@ -602,7 +630,7 @@ def _explain(error: ErrorDetails) -> str:
         return f"unknown key; {_suggest(key, _model_at(error['loc'][:-1]))}"
     if kind == "literal_error":
         expected = context["expected"].replace("'", "").replace(" or ", ", ")
-        expected = _choices(key) if key in _LATER else expected
+        expected = ", ".join(_built(key)) if key in _LATER else expected
         several = "one of " if "," in expected else ""
         return f"{shorten(given)} is not {_NOUNS[key]}; expected {several}{expected}"
     if kind == "too_long":

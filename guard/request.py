@@ -179,7 +179,9 @@ class TicketBook:
 class GuardField(BaseModel):
     """The `guard` object of a request body; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
 
     policy: str | None = Field(default=None, min_length=1, max_length=128)
     """Name of the policy asked for; None leaves the choice to the server."""

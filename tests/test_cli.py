@@ -1,5 +1,6 @@
 """Every mistake on the command line is one line, before the engine is imported."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -143,6 +144,7 @@ def test_a_model_that_is_not_there_is_one_line(
         (["serve"], "Missing argument"),
         (["sevre"], "No such command 'sevre'"),
         (["check", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["check"], "No policy file was named; expected one, or --schema."),
         (["status", "--url", "http://127.0.0.1:9"], "does not answer as a guarded"),
         (["status", "--url", "nonsense"], "does not answer as a guarded"),
     ],
@@ -198,6 +200,14 @@ def test_check_loads_every_drill(
     code, shown, _ = run(monkeypatch, capsys, "check", policy)
     assert code in (0, None)
     assert shown.splitlines()[-1] == "drill fire: last_prompt behind s"
+
+
+def test_check_prints_the_schema_of_a_policy_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, shown, _ = run(monkeypatch, capsys, "check", "--schema")
+    assert code in (0, None)
+    assert json.loads(shown)["properties"]["default_policy"]
 
 
 def test_the_version_is_shown(

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -174,11 +173,9 @@ class _Exercise:
 
 def count_alarms(server: Client, policy: str) -> float:
     """Return `guard_alarms_total` of a policy, over all its monitors."""
-    families = text_string_to_metric_families(server.fetch("/metrics").decode())
     return sum(
         sample.value
-        for family in families
-        for sample in family.samples
+        for sample in server.read_metrics()
         if sample.name == "guard_alarms_total" and sample.labels["policy"] == policy
     )
 

@@ -138,7 +138,8 @@ def check_canary(
         resid = _make_canary(guard, width).to(dtype)
         expected = resid.float()
         for part in guard.dictionaries:
-            rules = [rule for rule in policy.clamps if rule.sae == part.name]
+            acting = policy.clamps if policy.mode == "enforce" else ()
+            rules = [rule for rule in acting if rule.sae == part.name]
             expected = expected + clamp_resid(resid, part.sae, rules).resid - resid
         _hold(
             guard,

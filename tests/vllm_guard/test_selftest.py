@@ -68,7 +68,8 @@ def test_a_place_without_an_sae_must_leave_every_row_as_it_was(
 
 
 @pytest.mark.parametrize(
-    ("table", "slot", "policy"), [("offset", 1, "default"), ("gain", 2, "research")]
+    ("table", "slot", "policy"),
+    [("offset", 1, "default"), ("gain", 2, "research"), ("enforces", 1, "default")],
 )
 def test_a_clamp_that_lost_a_rule_does_not_pass(
     guard: Guard, state: context.Context, table: str, slot: int, policy: str
