@@ -58,7 +58,11 @@ POLICIES = ("default", "watch")
 ONE_IN = 50
 ATTACKS: tuple[tuple[Position, float], ...] = (("last", 0.7), ("all", 0.3))
 """Where an edit lies, and how long it is, relative to the mean `|resid|`."""
-WEIGHTS: dict[str, float | None] = {"noise of 1 % on the weights": 0.01, "bf16": None}
+WEIGHTS: dict[str, float | None] = {
+    "noise of 5 % on the weights": 0.05,
+    "noise of 1 % on the weights": 0.01,
+    "bf16": None,
+}
 """Noise relative to the spread of each parameter; None rounds it to bf16."""
 CHANGED, SAMPLES = 1500, 48
 STREAM, QUIET, MOST = 10_000, 2000, 3000
