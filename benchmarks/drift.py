@@ -25,6 +25,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from guard.calibration import Calibration, load_calibration, share_budgets
@@ -201,7 +202,9 @@ def record_altered(
                 else:
                     drawn = torch.randn(weight.shape, generator=draw)
                     weight.add_(drawn * weight.std() * noise)
-        model.save_pretrained(folder / "model")
+        path, state = folder / "model" / "model.safetensors", model.state_dict()
+        changed = {name: state[name].contiguous() for name in load_file(path)}
+        save_file(changed, path, metadata={"format": "pt"})
         yield from OrganismRecorder(folder, reader.hook_points).record(lines)
 
 
