@@ -25,6 +25,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from guard.calibration import Calibration, load_calibration, share_budgets
@@ -58,7 +59,11 @@ POLICIES = ("default", "watch")
 ONE_IN = 50
 ATTACKS: tuple[tuple[Position, float], ...] = (("last", 0.7), ("all", 0.3))
 """Where an edit lies, and how long it is, relative to the mean `|resid|`."""
-WEIGHTS: dict[str, float | None] = {"noise of 1 % on the weights": 0.01, "bf16": None}
+WEIGHTS: dict[str, float | None] = {
+    "noise of 5 % on the weights": 0.05,
+    "noise of 1 % on the weights": 0.01,
+    "bf16": None,
+}
 """Noise relative to the spread of each parameter; None rounds it to bf16."""
 CHANGED, SAMPLES = 1500, 48
 STREAM, QUIET, MOST = 10_000, 2000, 3000
@@ -197,7 +202,9 @@ def record_altered(
                 else:
                     drawn = torch.randn(weight.shape, generator=draw)
                     weight.add_(drawn * weight.std() * noise)
-        model.save_pretrained(folder / "model")
+        path, state = folder / "model" / "model.safetensors", model.state_dict()
+        changed = {name: state[name].contiguous() for name in load_file(path)}
+        save_file(changed, path, metadata={"format": "pt"})
         yield from OrganismRecorder(folder, reader.hook_points).record(lines)
 
 

@@ -530,7 +530,7 @@ def test_every_output_carries_the_running_verdict(state: context.Context) -> Non
     assert output.kv_transfer_params is not None
     progress = output.kv_transfer_params[CARRIER_KEY]
     assert progress["ratios"] == {"watch": 3.0 / 18.0}
-    assert (progress["maxima"], progress["total_length"]) == ([3.0], 7)
+    assert (progress["maxima"], progress["total_length"]) == ([3.0], 11)
     assert progress["counted"]["prefill"] == 3
 
 
