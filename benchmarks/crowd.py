@@ -76,7 +76,11 @@ def draw_request(
     """Draw one request of a client, of whatever kind unless it is given."""
     kind = kind or draw.choices(list(KINDS), list(KINDS.values()))[0]
     route: Route = draw.choice(["completions", "chat/completions"])
-    key, policies = draw.choice(list(deployment.keys.items()))
+    every = {name for offer in deployment.keys.values() for name in offer}
+    offers = list(deployment.keys.items())
+    if kind == "not allowed":
+        offers = [(key, offer) for key, offer in offers if set(offer) != every]
+    key, policies = draw.choice(offers)
     headers = {"authorization": f"Bearer {key}"}
     if kind == "malformed":
         return Request(kind, route, draw.choice(_MALFORMED), headers)
@@ -86,7 +90,6 @@ def draw_request(
         guard["drill"] = draw.choice(deployment.drills)
         headers["x-guard-admin-token"] = TOKEN
     if kind == "not allowed":
-        every = {name for offer in deployment.keys.values() for name in offer}
         guard["policy"] = draw.choice(sorted(every - set(policies)))
     if draw.random() < 0.9 or kind in ("drill", "not allowed"):
         body["guard"] = guard
