@@ -69,6 +69,7 @@ def test_every_metric_of_the_guard_has_a_place() -> None:
         # Facts that `/guard/status` tells, and alerts.
         *("guard_certificate_info", "guard_sae_info", "guard_policy_generation"),
         *("guard_policy_last_reload_successful", "guard_fails_open"),
+        "guard_open_requests",
         "guard_policy_last_reload_success_timestamp_seconds",
     }
     assert declared - shown == elsewhere

@@ -178,8 +178,8 @@ def what_it_costs() -> list[dict[str, Any]]:
     ]
 
 
-def what_the_sae_sees() -> list[dict[str, Any]]:
-    """Return what the SAE leaves unexplained, and the clamp unclamped."""
+def beside_the_scores() -> list[dict[str, Any]]:
+    """Return what the SAE leaves unexplained, the clamp unclamped, and drift."""
     error, left = "guard_error_norm_ratio", "guard_clamp_residual_activation"
     return [
         series(
@@ -191,6 +191,19 @@ def what_the_sae_sees() -> list[dict[str, Any]]:
             "What clamps left",
             f"Activation of clamped latents, encoded again ({left}).",
             [(quantile(q, left), f"{q:.0%}") for q in (0.5, 0.99)],
+        ),
+        series(
+            "Drift from the calibration",
+            "Log of the evidence that traffic is not what thresholds were set for "
+            "(guard_drift_log_evalue); at the line once in a thousand lives of a "
+            "server by chance.",
+            [
+                (
+                    f"max by (policy, monitor) (guard_drift_log_evalue{ON})",
+                    "{{policy}}: {{monitor}}",
+                )
+            ],
+            line=10.0,
         ),
     ]
 
@@ -245,7 +258,7 @@ ROWS = (
     ("At a glance", at_a_glance, 6, 4),
     ("What it did", what_it_did, 3, 8),
     ("What it costs", what_it_costs, 3, 7),
-    ("What the SAE sees", what_the_sae_sees, 2, 7),
+    ("Beside the scores", beside_the_scores, 3, 7),
     ("Faults and versions", what_is_loaded, 4, 8),
 )
 """Title, panels, panels beside each other, height in Grafana's units."""
