@@ -237,7 +237,7 @@ class Rollout:
             state.previous = state.current
         # What only an engine needs is not kept a second time.
         state.current = replace(generation, calibrations={})
-        context.get_board().show(state.current, keys=keys)
+        context.get_board().show(generation, keys=keys)
 
     async def follow(self) -> None:
         """Tell every engine how far this API server is, and catch up with them."""
