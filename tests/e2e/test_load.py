@@ -196,7 +196,7 @@ def test_who_reads_slowly_or_no_more_hurts_nobody_and_is_forgotten_when_he_leave
     # More than the kernel takes on its way, and fewer than the server runs at once.
     body = request_body("w1 w2", "default", logprobs=20, **LONG)
     before = sum(count_verdicts(operator).values())
-    readers = [Reader(toy_server, body, size=size) for _ in range(12)]
+    readers = [Reader(toy_server, body, size=size) for _ in range(4)]
     try:
         for reader in readers:
             reader.start()
