@@ -388,7 +388,10 @@ def test_what_may_be_served_hurts_only_itself(
         assert tell_roughly(tell(answer)) == tell_roughly(quiet[number], score=about)
     wait_until_idle(toy_server)
     served = sum(reply.served for reply in replies)
-    assert count(toy_server, "requests") - finished == served + HANG_UPS + len(answers)
+    over = count(toy_server, "requests") - finished
+    # Of several prompts one may be refused when others are in: those are over as well.
+    refused = sum(not reply.served for reply in replies)
+    assert 0 <= over - (served + HANG_UPS + len(answers)) <= refused
 
 
 def test_afterwards_the_server_has_room_for_everybody(
