@@ -13,6 +13,8 @@ from e2e.scraping import Ask, scraping, wait_for
 from e2e.serving import Server, ServerFactory, stop
 from queries import fill_in, list_targets
 
+pytestmark = pytest.mark.quiet
+
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/guard.json").read_text())
 RULES = ROOT / "deploy/prometheus/rules.yml"

@@ -32,6 +32,8 @@ from e2e.outage import (
 from e2e.serving import TOY_POLICIES, Server, ServerFactory, Toy
 from vllm_guard.board import SILENT_SECONDS
 
+pytestmark = pytest.mark.quiet
+
 POLICIES = TOY_POLICIES.replace(
     "default_policy:",
     """\
