@@ -43,8 +43,8 @@ _HEAD = """\
 # Faults
 
 What happens when something breaks under load: what the client of a running stream
-saw, and what the operator did. Every row is written by the test that it names, on a
-real server (`GUARD_WRITE_FAULTS=1 make test ARGS=tests/e2e/test_outage.py`), and that
+saw, and what the operator did. Every row is written by the test that it names, on a real
+server (`GUARD_WRITE_FAULTS=1 make test ARGS="-m quiet tests/e2e/test_outage.py"`), and that
 test fails where it sees something else. "Closed" is the default, `on_error: closed`.
 
 What a model computes is looked at where its stream ends, of every token: a request

@@ -121,7 +121,7 @@ def test_status_names_what_the_key_may_use(keyed_server: Server) -> None:
 def test_the_command_line_asks_for_status_with_a_key(
     keyed_server: Server,
 ) -> None:
-    command = guard_command("status", "--url", keyed_server.url)
+    command = guard_command("status", "--json", "--url", keyed_server.url)
     ran = subprocess.run(
         command,
         capture_output=True,
