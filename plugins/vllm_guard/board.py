@@ -86,16 +86,24 @@ class Board:
         self._follow(generation)
 
     def _follow(self, generation: Generation) -> None:
-        """Begin anew with the drift of policies that are not what they were."""
+        """Begin anew with the drift of policies that are not what they were.
+
+        Without a calibration there is nothing to hold requests against: such a policy
+        stays at 0.
+        """
         before, self._drifts = self._drifts, {}
         for name, fingerprint in generation.fingerprints.items():
-            known = before.pop(name, None)
+            known = before.get(name)
             if known is None or known[0] != fingerprint:
                 policy = generation.policy_file.policies[name]
+                paths = {str(monitor.calibration) for monitor in policy.monitors}
+                if not paths <= generation.calibrations.keys():
+                    continue
                 drift = PolicyDrift(policy, generation.calibrations)
                 self.metrics.show_drift(name, drift.log_evalues)
                 known = fingerprint, drift
             self._drifts[name] = known
+            before.pop(name, None)
         for name, (_, gone) in before.items():
             self.metrics.show_drift(name, dict.fromkeys(gone.log_evalues, 0.0))
 

@@ -252,8 +252,10 @@ class Rollout:
         # Until the last engine has committed, the others do not count.
         slowest = min(answers, key=lambda answer: answer["generation"])
         if slowest["generation"] > state.current.number and slowest["notice"]:
-            generation = adopt(slowest["notice"], state.start)
-            self._show(generation, read_keys(self._args, generation.policy_file))
+            generation = await asyncio.to_thread(_load_adopted, slowest["notice"])
+            # Somebody else may have caught up meanwhile.
+            if generation.number > state.current.number:
+                self._show(generation, read_keys(self._args, generation.policy_file))
 
     async def _keep_following(self) -> None:
         while True:
@@ -308,3 +310,17 @@ class Rollout:
             question.cancel()
         answers: list[Any] = found if to_all else [found]
         return answers
+
+
+def _load_adopted(notice: str) -> Generation:
+    """Return the generation of a notice, with its calibrations if they are still there.
+
+    They are what drift is held against. The files may have changed again since.
+    """
+    start = context.get().start
+    told = adopt(notice, start)
+    try:
+        found = load_generation(told.policy_file, number=told.number, start=start)
+    except GuardError:
+        return told
+    return found if found.fingerprint == told.fingerprint else told

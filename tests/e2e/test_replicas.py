@@ -241,6 +241,8 @@ def test_a_reload_reaches_both_engines_and_both_api_servers(
         # Every API server knows a policy by its name, or answers 400.
         body["policies"] |= {f"new-{number}": body["policies"]["held"]}
         body["public_policies"].append(f"new-{number}")
+        # Drift begins anew where a policy with monitors is another one.
+        body["policies"]["default"]["monitors"][0]["target_fpr"] = number / 100
         toy.write_policy("replicas", dump(body))
         told = post_reload(replicas)
         assert told.json()["generation"] == number, told.text

@@ -91,6 +91,20 @@ def test_a_reload_begins_anew_only_where_a_policy_changed(
     assert registry.get_sample_value(*SERIES) == (0 if changed else before)
 
 
+def test_without_a_calibration_nothing_drifts(
+    serve: Callable[..., None],
+    registry: CollectorRegistry,
+    board: Board,
+    state: context.Context,
+) -> None:
+    serve(30)
+    prints = {**state.start.fingerprints, "default": "another"}
+    now = replace(state.start, number=2, fingerprints=prints, calibrations={})
+    board.show(now, keys=KeyRing((), accepted=()))
+    serve(30, fingerprint="another")
+    assert registry.get_sample_value(*SERIES) == 0
+
+
 def test_a_policy_that_is_gone_drifts_no_more(
     serve: Callable[..., None],
     registry: CollectorRegistry,

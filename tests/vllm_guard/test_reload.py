@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm_guard import context, reload
+from vllm_guard import context, reload, rollout
 from vllm_guard.reload import Offer
 
 from guard.fingerprint import file_fingerprint
@@ -171,14 +171,18 @@ def test_an_api_server_learns_of_a_generation_whatever_became_of_its_files(
     path = write_policy(
         "drills: [{name: late, sae: s, delta: last_prompt.safetensors}]"
     )
-    found = file_fingerprint(load_policy(path))
-    offer = Offer("me", 2, str(path), path.read_bytes(), found)
+    printed = file_fingerprint(load_policy(path))
+    offer = Offer("me", 2, str(path), path.read_bytes(), printed)
     assert engine.stage(offer) == {}
     engine.commit()
     current = drilled.current
-    reload._note(engine, "{}", reload.write_notice(current, offer))
+    notice = reload.write_notice(current, offer)
+    reload._note(engine, "{}", notice)
+    found = rollout._load_adopted(notice)
+    assert found.calibrations.keys() == current.calibrations.keys() != set()
     path.unlink()
     path.with_name("c.safetensors").unlink()
+    assert rollout._load_adopted(notice).calibrations == {}
     assert engine.follow(0, 2, 2)["notice"] == ""
     told = reload.adopt(engine.follow(0, 1, 1)["notice"], drilled.start)
     for name in ("number", "policy_file", "fingerprint", "fingerprints", "numbers"):
