@@ -9,7 +9,6 @@ import contextlib
 import json
 import random
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import httpx
 
 from benchmarks.deployment import Deployment
 from benchmarks.operator import TOKEN
+from benchmarks.reload import keep_busy
 
 __all__ = ["KINDS", "Crowd", "Request", "draw_request"]
 
@@ -26,8 +26,6 @@ Route = Literal["completions", "chat/completions"]
 
 _SECONDS = 300
 """A request that takes longer is lost."""
-_END_SECONDS = 120
-"""What all clients are given for their last answers."""
 KINDS = {"ask": 78, "hang up": 12, "malformed": 5, "drill": 3, "not allowed": 2}
 """Of a hundred requests, how many are of which kind."""
 _MALFORMED: tuple[bytes, ...] = (
@@ -137,19 +135,8 @@ class Crowd:
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
         """Keep all clients busy."""
-        clients = [
-            threading.Thread(target=self._run, args=(number,), daemon=True)
-            for number in range(self.clients)
-        ]
-        for client in clients:
-            client.start()
-        try:
+        with keep_busy(self._run, self.clients, until=self.ended):
             yield
-        finally:
-            self.ended.set()
-            deadline = time.monotonic() + _END_SECONDS
-            for client in clients:
-                client.join(max(deadline - time.monotonic(), 0))
 
     def _run(self, number: int) -> None:
         draw = random.Random(f"{self.seed} {number}")

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ from guard.demo.show import OPTIONS
 from guard.provenance import ROOT, describe_run
 from guard.redteam.server import find_free_port, run_server, wait_until_ready
 
-__all__ = ["Load", "push"]
+__all__ = ["Load", "keep_busy", "push"]
 
 RESULTS = ROOT / "benchmarks" / "results" / "reload.json"
 CLIENTS = 4
@@ -39,6 +39,8 @@ PROMPTS = 8
 MAX_TOKENS = 24
 MARKS = 10
 """How often memory is looked at."""
+_END_SECONDS = 120
+"""What all clients are given for their last answers."""
 
 PUSH = {"name": "push", "sae": "l3", "latents": [60, 67], "law": "set", "value": 12.0}
 """Changes every answer."""
@@ -50,6 +52,32 @@ def push(body: dict[str, Any]) -> None:
     for monitor in body["policies"]["watch"]["monitors"]:
         monitor["target_fpr"] *= 2
     body["policies"]["default"]["hold_tokens"] = 2
+
+
+@contextlib.contextmanager
+def keep_busy(
+    run: Callable[[int], None], clients: int, *, until: threading.Event
+) -> Iterator[None]:
+    """Run so many clients in threads of their own; at the end wait for all of them.
+
+    Args:
+        run: Of a client, by number; returns once the event is set.
+        clients: How many.
+        until: The event.
+    """
+    threads = [
+        threading.Thread(target=run, args=(number,), daemon=True)
+        for number in range(clients)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        until.set()
+        deadline = time.monotonic() + _END_SECONDS
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0))
 
 
 @dataclass
@@ -69,18 +97,8 @@ class Load:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Keep all clients busy."""
-        clients = [
-            threading.Thread(target=self._run, args=(number,), daemon=True)
-            for number in range(CLIENTS)
-        ]
-        for client in clients:
-            client.start()
-        try:
+        with keep_busy(self._run, CLIENTS, until=self.ended):
             yield
-        finally:
-            self.ended.set()
-            for client in clients:
-                client.join(timeout=120)
 
     def _run(self, number: int) -> None:
         with httpx.Client(base_url=self.url, timeout=120) as client:
