@@ -10,7 +10,7 @@ import json
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from benchmarks.deployment import Deployment
 from benchmarks.operator import TOKEN
 from benchmarks.reload import keep_busy
 
-__all__ = ["KINDS", "Crowd", "Request", "draw_request"]
+__all__ = ["KINDS", "Crowd", "Request", "check_verdicts", "draw_request"]
 
 Route = Literal["completions", "chat/completions"]
 
@@ -68,11 +68,8 @@ class Request:
         return isinstance(self.body, Mapping) and bool(self.body.get("stream"))
 
 
-def draw_request(
-    draw: random.Random, deployment: Deployment, kind: str | None = None
-) -> Request:
-    """Draw one request of a client, of whatever kind unless it is given."""
-    kind = kind or draw.choices(list(KINDS), list(KINDS.values()))[0]
+def draw_request(draw: random.Random, deployment: Deployment, kind: str) -> Request:
+    """Draw one request of a client, of one of `KINDS`."""
     route: Route = draw.choice(["completions", "chat/completions"])
     every = {name for offer in deployment.keys.values() for name in offer}
     offers = list(deployment.keys.items())
@@ -98,6 +95,11 @@ def draw_request(
     return Request(kind, route, body, headers, hangs_up)
 
 
+def draw_kind(draw: random.Random, kinds: Mapping[str, int]) -> str:
+    """Draw a kind of request by its share."""
+    return draw.choices(list(kinds), list(kinds.values()))[0]
+
+
 def _draw_body(
     draw: random.Random, deployment: Deployment, route: Route
 ) -> dict[str, Any]:
@@ -119,6 +121,41 @@ def _draw_body(
     return body | {"messages": [{"role": "user", "content": text}]}
 
 
+Check = Callable[[Request, list[dict[str, Any]]], dict[str, int]]
+"""Counts what an answer's events say; raises ValueError where they are not as asked."""
+
+
+def check_verdicts(request: Request, events: list[dict[str, Any]]) -> dict[str, int]:
+    """Hold an answer against what was asked: one verdict for each choice.
+
+    Raises:
+        ValueError: It has another number of verdicts, or none of its policy.
+    """
+    told = [event["guard"] for event in events if "guard" in event]
+    if len(told) != 1:
+        raise ValueError(f"{len(told)} guard objects")
+    verdicts = told[0].get("choices", told)
+    reasons = {
+        choice["index"]: choice["finish_reason"]
+        for event in events
+        for choice in event["choices"]
+        if choice["finish_reason"]
+    }
+    if not len(verdicts) == len(reasons) == request.choices:
+        message = f"{len(verdicts)} verdicts, {len(reasons)} ends of {request.choices}"
+        raise ValueError(message)
+    asked = request.body.get("guard", {}) if isinstance(request.body, Mapping) else {}
+    for verdict, (_, reason) in zip(verdicts, sorted(reasons.items()), strict=True):
+        if verdict["policy"] != asked.get("policy", verdict["policy"]):
+            raise ValueError("a verdict under another policy")
+        if (verdict["action"] == "block") != (reason == "content_filter"):
+            raise ValueError(f"{verdict['action']} ended by {reason}")
+        if verdict.get("drill") != asked.get("drill"):
+            raise ValueError("a drill where none was asked for, or none where one was")
+    counts = Counter(f"answered {verdict['action']}" for verdict in verdicts)
+    return {"answers": 1, "choices": len(verdicts), **counts}
+
+
 @dataclass
 class Crowd:
     """Clients that ask until they are told to stop."""
@@ -127,6 +164,10 @@ class Crowd:
     deployment: Deployment
     seed: int
     clients: int
+    kinds: Mapping[str, int] = field(default_factory=lambda: KINDS)
+    """Those of `KINDS` that it asks, and their shares."""
+    check: Check = check_verdicts
+    """Holds a whole answer against its request."""
     ended: threading.Event = field(default_factory=threading.Event)
     counts: Counter[str] = field(default_factory=Counter)
     """What became of requests and choices, by what it is called."""
@@ -140,20 +181,22 @@ class Crowd:
 
     def _run(self, number: int) -> None:
         draw = random.Random(f"{self.seed} {number}")
-        first: str | None = list(KINDS)[number % len(KINDS)]
+        kinds = list(self.kinds)
+        first: str | None = kinds[number % len(kinds)]
         with httpx.Client(base_url=f"{self.url}/v1/", timeout=_SECONDS) as client:
             while not self.ended.is_set():
-                request = draw_request(draw, self.deployment, first)
+                kind = first or draw_kind(draw, self.kinds)
+                request = draw_request(draw, self.deployment, kind)
                 first = None
                 try:
-                    found = ask(client, request)
+                    found = ask(client, request, self.check)
                 except (httpx.HTTPError, KeyError, ValueError) as error:
                     found = {"lost": 1, f"lost: {type(error).__name__}: {error}": 1}
                 with self._lock:
                     self.counts.update({request.kind: 1, **found})
 
 
-def ask(client: httpx.Client, request: Request) -> dict[str, int]:
+def ask(client: httpx.Client, request: Request, check: Check) -> dict[str, int]:
     """Send a request; return what became of it.
 
     Raises:
@@ -164,7 +207,7 @@ def ask(client: httpx.Client, request: Request) -> dict[str, int]:
         return _be_refused(client, request)
     if request.hangs_up is None:
         events = _read(client, request)
-        return _check_answer(request, events)
+        return check(request, events)
     if request.streams:
         events = _read(client, request, most=int(request.hangs_up))
         return {"streams left": 1, "events before": len(events)}
@@ -211,34 +254,3 @@ def _read(
             elif line == "data: [DONE]":
                 return events
     raise ValueError("a stream ended before its end")
-
-
-def _check_answer(request: Request, events: list[dict[str, Any]]) -> dict[str, int]:
-    """Hold an answer against what was asked: one verdict for each choice.
-
-    Raises:
-        ValueError: It has another number of verdicts, or none of its policy.
-    """
-    told = [event["guard"] for event in events if "guard" in event]
-    if len(told) != 1:
-        raise ValueError(f"{len(told)} guard objects")
-    verdicts = told[0].get("choices", told)
-    reasons = {
-        choice["index"]: choice["finish_reason"]
-        for event in events
-        for choice in event["choices"]
-        if choice["finish_reason"]
-    }
-    if not len(verdicts) == len(reasons) == request.choices:
-        message = f"{len(verdicts)} verdicts, {len(reasons)} ends of {request.choices}"
-        raise ValueError(message)
-    asked = request.body.get("guard", {}) if isinstance(request.body, Mapping) else {}
-    for verdict, (_, reason) in zip(verdicts, sorted(reasons.items()), strict=True):
-        if verdict["policy"] != asked.get("policy", verdict["policy"]):
-            raise ValueError("a verdict under another policy")
-        if (verdict["action"] == "block") != (reason == "content_filter"):
-            raise ValueError(f"{verdict['action']} ended by {reason}")
-        if verdict.get("drill") != asked.get("drill"):
-            raise ValueError("a drill where none was asked for, or none where one was")
-    counts = Counter(f"answered {verdict['action']}" for verdict in verdicts)
-    return {"answers": 1, "choices": len(verdicts), **counts}

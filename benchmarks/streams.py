@@ -27,14 +27,13 @@ from rich.progress import track
 from guard.demo.measure import ORGANISM
 from guard.demo.show import OPTIONS
 from guard.provenance import ROOT, describe_run
-from guard.redteam.server import find_free_port, run_server
+from guard.redteam.server import find_free_port, run_server, wait_until_ready
 
 __all__ = ["Row", "Server", "Stream", "start"]
 
 RESULTS = ROOT / "benchmarks" / "results" / "streams.json"
 TURN = 25
 """Streams a server answers before the other one's turn."""
-START_SECONDS = 300
 
 Variant = Literal["unguarded", "guarded"]
 
@@ -85,16 +84,10 @@ class Server:
         """Wait until it answers, then stop it.
 
         Raises:
-            RuntimeError: It did not start.
+            EngineError: It did not start.
         """
-        deadline = time.monotonic() + START_SECONDS
-        while self.process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/v1/models", timeout=10).is_success:
-                    os.killpg(self.process.pid, signal.SIGSTOP)
-                    return
-            time.sleep(0.5)
-        raise RuntimeError(f"{self.variant} did not start:\n{self.log.read_text()}")
+        wait_until_ready(self.url, self.process, self.log, "/v1/models")
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[httpx.Client]:

@@ -81,8 +81,19 @@ def find_free_port() -> int:
             return port
 
 
-def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until a guarded server serves.
+def wait_until_ready(
+    url: str,
+    server: subprocess.Popen[bytes],
+    log: Path,
+    path: str = "/guard/ready",
+) -> None:
+    """Wait until a server serves.
+
+    Args:
+        url: Of the server.
+        server: Its process.
+        log: File for all it says.
+        path: Answered as soon as it is ready.
 
     Raises:
         EngineError: It ended, or took too long; its last word is kept.
@@ -90,7 +101,7 @@ def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> No
     deadline = time.monotonic() + _START_SECONDS
     while server.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{url}/guard/ready", timeout=10).close()
+            urllib.request.urlopen(f"{url}{path}", timeout=10).close()
             return
         time.sleep(0.5)
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]

@@ -45,7 +45,7 @@ _HEAD = """\
 What happens when something breaks under load: what the client of a running stream
 saw, and what the operator did. Every row is written by the test that it names, on a
 real server, and that test fails where it sees something else
-(`GUARD_WRITE_FAULTS=1 make test ARGS="-m quiet tests/e2e/test_outage.py"`). "Closed"
+(`GUARD_WRITE_FAULTS=1 make test ARGS=tests/e2e/test_outage.py`). "Closed"
 is the default, `on_error: closed`.
 
 What a model computes is looked at where its stream ends, of every token: a request

@@ -18,8 +18,6 @@ from e2e.serving import Server, stop, wait_until_ready
 
 from guard.redteam.server import find_free_port
 
-pytestmark = pytest.mark.quiet
-
 COMPOSE = ROOT / "deploy" / "compose"
 PROMPT = {"role": "user", "content": "how do i heat the door ?"}
 

@@ -15,8 +15,6 @@ from pages import Block, list_blocks
 
 from guard.demo.show import OPTIONS, ORGANISM
 
-pytestmark = pytest.mark.quiet
-
 BLOCKS = [block for block in list_blocks("sh", "python") if block.needs_server]
 HERE = "http://localhost:8000"
 

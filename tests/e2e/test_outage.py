@@ -32,8 +32,6 @@ from e2e.outage import (
 from e2e.serving import TOY_POLICIES, Server, ServerFactory, Toy
 from vllm_guard.board import SILENT_SECONDS
 
-pytestmark = pytest.mark.quiet
-
 POLICIES = TOY_POLICIES.replace(
     "default_policy:",
     """\
@@ -43,7 +41,7 @@ POLICIES = TOY_POLICIES.replace(
          target_fpr: 0.01, on_alarm: block}
 default_policy:""",
 ).replace("[default,", "[strict, default,")
-NOT_READY_SECONDS = 5
+NOT_READY_SECONDS = 10
 ANSWER_SECONDS = 2
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "faults.json"
 

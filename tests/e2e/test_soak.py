@@ -13,8 +13,6 @@ from benchmarks.deployment import make_toy
 from benchmarks.series import fit_slope
 from benchmarks.soak import find_faults, soak
 
-pytestmark = pytest.mark.quiet
-
 TOKENS = 25_000
 
 

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 
-import pytest
 from e2e.serving import Server, guard_command, guard_environment
 
 WIDE = {"COLUMNS": "200"}
@@ -49,7 +48,6 @@ def test_json_is_what_the_server_says(toy_server: Server) -> None:
     assert shown == json.loads(toy_server.get("/guard/status"))
 
 
-@pytest.mark.quiet
 def test_a_watch_goes_on_until_it_is_interrupted(toy_server: Server) -> None:
     command = guard_command(
         "status", "--url", toy_server.url, "--watch", "--every", "1"
