@@ -35,6 +35,8 @@ POLICIES = (
     "first-output-observed",
 )
 LONG = {"max_tokens": 1900, "ignore_eos": True, "stream": True}
+SHORT = {"max_tokens": 60, "ignore_eos": True, "stream": True}
+SLOW_BYTES = 16
 SLOW_SECONDS = 0.1
 
 
@@ -184,6 +186,37 @@ class Reader(threading.Thread):
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
+
+
+@pytest.mark.parametrize("size", [SLOW_BYTES, 0])
+def test_who_reads_slowly_or_no_more_hurts_nobody_and_is_forgotten_when_he_leaves(
+    toy_server: Server, operator: Operator, size: int
+) -> None:
+    alone = ask(toy_server, PROMPT, "default", **SHORT)
+    # More than the kernel takes on its way, and fewer than the server runs at once.
+    body = request_body("w1 w2", "default", logprobs=20, **LONG)
+    before = sum(count_verdicts(operator).values())
+    readers = [Reader(toy_server, body, size=size) for _ in range(4)]
+    try:
+        for reader in readers:
+            reader.start()
+        for _ in range(5):
+            beside = ask(toy_server, PROMPT, "default", **SHORT)
+            assert beside.choices[0].token_ids == alone.choices[0].token_ids
+            assert beside.guard["action"] == alone.guard["action"]
+        # The engine does not wait for them: no place, no block of KV is theirs.
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        deadline = time.monotonic() + SECONDS
+        while any(total(operator.read_metrics(), name) for name in names):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        expect_nothing_held(operator)
+        assert total(operator.read_metrics(), "guard_open_requests") == len(readers)
+    finally:
+        for reader in readers:
+            reader.leave()
+    operator.wait_until_idle()
+    assert sum(count_verdicts(operator).values()) == before + len(readers) + 5
 
 
 def test_who_reads_slowly_has_his_whole_answer_in_the_end(
