@@ -1,15 +1,13 @@
 """What every test may use: the async backend, a real Prometheus, the order."""
 
 import functools
-import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from tools import find_tool
 
 E2E = Path(__file__).parent / "e2e"
 SHARED = ("toy_server", "drafting_server")
@@ -33,25 +31,13 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="session")
 def prometheus_binary() -> str:
     """The path of a Prometheus server."""
-    return find_binary("prometheus")
+    return find_tool("prometheus")
 
 
 @pytest.fixture(scope="session")
 def promtool() -> str:
     """The path of what checks rules and metrics for Prometheus."""
-    return find_binary("promtool")
-
-
-def find_binary(name: str) -> str:
-    """Return the path of a program of Prometheus; only CI may not do without one."""
-    beside_python = str(Path(sys.executable).parent / name)
-    binary = shutil.which(name) or shutil.which(beside_python)
-    if binary is None:
-        reason = f"no {name} on the PATH; `make test` unpacks one where apt has it"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return binary
+    return find_tool("promtool")
 
 
 def pytest_collection_modifyitems(

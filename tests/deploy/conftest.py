@@ -1,26 +1,12 @@
-"""Tools that judge what is deployed; only CI may not do without them."""
+"""Tools that judge what is deployed."""
 
-import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from tools import find_tool
 
 Tool = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-def find_tool(name: str) -> str:
-    """Return the path of a program that `make test` brings along."""
-    binary = shutil.which(name) or shutil.which(str(Path(sys.executable).parent / name))
-    if binary is None:
-        reason = f"no {name} on the PATH; `make test` installs it"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return binary
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-from deploy.conftest import find_tool
 from deploy.dockerfile import ROOT
 from deploy.manifest import Object, copy_deploy, of_kind, pod_of, render
 from e2e.pod import KEY, Volumes, check_namespaces, start_pod
 from e2e.scraping import wait_for
 from e2e.serving import Server, stop, wait_until_ready
+from tools import find_tool
 
 from guard.redteam.server import find_free_port
 
