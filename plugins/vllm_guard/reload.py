@@ -80,10 +80,8 @@ def install() -> None:
     The core takes utility calls between two steps, and so does a worker.
     """
     from vllm.v1.engine.core import EngineCore
-    from vllm.v1.worker.cpu_worker import CPUWorker
-    from vllm.v1.worker.gpu_worker import Worker
 
-    for worker in (Worker, CPUWorker):
+    for worker in compat.list_workers():
         worker.guard_stage = _stage_rank
         worker.guard_commit = _commit_rank
         worker.guard_abandon = _abandon_rank

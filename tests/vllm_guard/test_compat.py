@@ -1,6 +1,9 @@
 """What the guard cannot follow is refused by name; what is harmless is served."""
 
+import os
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -272,3 +275,31 @@ def test_a_model_whose_files_are_not_at_hand_has_no_digest(name: str) -> None:
 
 def test_a_dtype_is_named_as_a_calibration_names_it() -> None:
     assert compat.dtype_name(SimpleNamespace(dtype=torch.bfloat16)) == "bfloat16"
+
+
+REGISTER = """
+import sys
+import torch
+import vllm_guard
+from vllm.platforms import current_platform
+
+event = torch.cuda.Event
+for is_cpu in (False, True):
+    current_platform.is_cpu = lambda: is_cpu
+    vllm_guard.register()
+    print(torch.cuda.Event is event, "vllm.v1.worker.cpu.shm" in sys.modules)
+"""
+
+
+def test_a_gpu_keeps_its_events(write_policy: Callable[..., Path]) -> None:
+    """vLLM's CPU worker replaces them for the whole process when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", REGISTER],
+        env=os.environ | {"GUARD_POLICY": str(write_policy()), "VLLM_PLUGINS": ""},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=500,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-2:] == ["True False", "False True"]
