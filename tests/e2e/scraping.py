@@ -21,9 +21,9 @@ Ask = Callable[[str], dict[str, float]]
 """Evaluates an expression now: values by labels, `name=value,...`, sorted."""
 
 
-def wait_for(answer: Callable[[], Any]) -> Any:
+def wait_for(answer: Callable[[], Any], *, seconds: float = SECONDS) -> Any:
     """Return the first true value of `answer`, or fail."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
             if value := answer():
@@ -31,7 +31,7 @@ def wait_for(answer: Callable[[], Any]) -> Any:
         except OSError:
             pass
         time.sleep(0.2)
-    return pytest.fail(f"Nothing within {SECONDS} s.")
+    return pytest.fail(f"Nothing within {seconds} s.")
 
 
 @contextlib.contextmanager
