@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -366,6 +367,15 @@ def check_modes(
     return checks, shown
 
 
+def describe() -> dict[str, Any]:
+    """Return where the result comes from, the GPU and the plugin's entry included."""
+    about = describe_run()
+    if torch.cuda.is_available():
+        about["machine"]["gpu"] = torch.cuda.get_device_name()
+    (entry,) = entry_points(group="vllm.general_plugins", name="guard")
+    return about | {"plugin": entry.value}
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Results file.")] = RESULTS,
     rounds: Annotated[int, typer.Option(help="Timed runs per case; 0: none.")] = 5,
@@ -375,9 +385,10 @@ def main(
 ) -> None:
     """Check the guard on a GPU, and measure what it costs there."""
     console = Console(stderr=True, width=100)
-    about = describe_run()
-    if torch.cuda.is_available():
-        about["machine"]["gpu"] = torch.cuda.get_device_name()
+    if not torch.cuda.is_available() and output == RESULTS:
+        console.print(f"error: no GPU is found; expected one, to write {RESULTS.name}.")
+        raise typer.Exit(1)
+    about = describe()
     runners = runner or ["V1", "V2"]
     names = mode or [m.name for m in MODES if m.runner in runners]
     modes = [m for m in MODES if m.name in names]
