@@ -182,9 +182,21 @@ def _throughput(tokens: int, timings: Sequence[Timing]) -> float:
 
 
 def measure_shape(
-    shape: Shape, cases: Sequence[Case], *, rounds: int, progress: Progress
+    shape: Shape,
+    cases: Sequence[Case],
+    *,
+    rounds: int,
+    progress: Progress,
+    side_by_side: bool = False,
 ) -> list[Row]:
     """Start every variant of a shape and let them take turns.
+
+    Args:
+        shape: What to run.
+        cases: What is timed.
+        rounds: How often.
+        progress: Is told.
+        side_by_side: Whether engines start all at once, where there is room for that.
 
     Raises:
         SubjectError: A variant did not start, or did not do what it is for.
@@ -192,7 +204,10 @@ def measure_shape(
     total = len(_ENGINES) + len(cases) * (rounds + 1)
     bar = progress.add_task(shape.name, total=total)
     rows = []
-    with start_engines(shape, cases, progress=progress, bar=bar) as engines:
+    starting = start_engines(
+        shape, cases, progress=progress, bar=bar, side_by_side=side_by_side
+    )
+    with starting as engines:
         for case in cases:
             progress.update(
                 bar, description=f"{shape.name} {case.phase} batch {case.batch}"
@@ -218,9 +233,14 @@ def measure_shape(
 
 @contextlib.contextmanager
 def start_engines(
-    shape: Shape, cases: Sequence[Case], *, progress: Progress, bar: Any
+    shape: Shape,
+    cases: Sequence[Case],
+    *,
+    progress: Progress,
+    bar: Any,
+    side_by_side: bool,
 ) -> Iterator[dict[Variant, Subject]]:
-    """Start the engines one after the other; all of them end with the context."""
+    """Start the engines; all of them end with the context."""
     longest = max(case.tokens for case in cases) + 1
     batch = max(case.batch for case in cases)
     with contextlib.ExitStack() as stack:
@@ -229,6 +249,10 @@ def start_engines(
             progress.update(bar, description=f"{shape.name}: starting {variant}")
             subject = Subject(shape, variant, max_length=longest, max_batch=batch)
             engines[variant] = stack.enter_context(subject)
+            if not side_by_side:
+                subject.wait_until_ready()
+                progress.advance(bar)
+        for subject in engines.values() if side_by_side else ():
             subject.wait_until_ready()
             progress.advance(bar)
         yield engines

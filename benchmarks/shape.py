@@ -24,6 +24,7 @@ __all__ = [
     "MONITORS",
     "Shape",
     "make_dummy_shape",
+    "make_llama_shape",
     "make_organism_shape",
     "write_calibration",
 ]
@@ -32,11 +33,10 @@ IDLE_POLICY = "open"
 """Name of the policy without clamps and monitors, in every policy file."""
 
 _ORGANISM = ROOT / "guard" / "demo" / "organism"
-_D_MODEL = 896
 _QWEN = {  # https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
-    "hidden_size": _D_MODEL,
+    "hidden_size": 896,
     "num_hidden_layers": 24,
     "num_attention_heads": 14,
     "num_key_value_heads": 2,
@@ -51,6 +51,25 @@ _QWEN = {  # https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json
     "eos_token_id": 151643,
     "torch_dtype": "bfloat16",
 }
+_LLAMA = {  # https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 8192,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "torch_dtype": "bfloat16",
+}
 MONITORS = [
     {
         "name": score,
@@ -63,8 +82,8 @@ MONITORS = [
     for score in ("density", "error_norm")
 ]
 """Of the SAE `s`, in the policy file of the variant with monitors."""
-_DUMMY_NORM = 1e-3 / math.sqrt(3) * math.sqrt(_D_MODEL)
-"""Norm of `resid` under vLLM's dummy weights, uniform in [-1e-3, 1e-3]: that of an
+_DUMMY_SCALE = 1e-3 / math.sqrt(3)
+"""Deviation of `resid` under vLLM's dummy weights, uniform in [-1e-3, 1e-3]: that of an
 embedding, for every layer's output is a thousand times smaller."""
 
 
@@ -105,30 +124,50 @@ class Shape:
         return self.monitor_madds / (self.layer_madds + head)
 
 
-def make_dummy_shape(folder: Path, *, expansion: int = 16, latents: int = 32) -> Shape:
-    """Write a model of Qwen2.5-0.5B's shape without weights, and a random SAE.
+def make_dummy_shape(folder: Path) -> Shape:
+    """Make the shape of Qwen2.5-0.5B, with 16 latents for each dimension."""
+    return _make_dummy_shape(folder, "Qwen2.5-0.5B", _QWEN, expansion=16)
+
+
+def make_llama_shape(folder: Path) -> Shape:
+    """Make the shape of Llama-3.2-1B, with 16,384 latents, for a GPU."""
+    return _make_dummy_shape(folder, "Llama-3.2-1B", _LLAMA, expansion=8)
+
+
+def _make_dummy_shape(
+    folder: Path,
+    name: str,
+    model_config: dict[str, Any],
+    *,
+    expansion: int,
+    latents: int = 32,
+) -> Shape:
+    """Write a model of some shape without weights, and a random SAE at its middle.
 
     The SAE's threshold lets about 50 latents of a token be active, as in published
     SAEs, and most of the clamped ones.
 
     Args:
         folder: Where it goes.
+        name: Of the model whose shape it is.
+        model_config: Its configuration.
         expansion: Latents for each dimension of the stream.
         latents: How many of them are clamped.
     """
     model, sae = folder / "model", folder / "sae"
     model.mkdir(parents=True)
-    (model / "config.json").write_text(json.dumps(_QWEN), encoding="utf-8")
-    d_model, d_sae = _D_MODEL, expansion * _D_MODEL
+    (model / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
+    d_model = model_config["hidden_size"]
+    d_sae = expansion * d_model
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(d_sae, d_model, generator=generator)
     directions /= directions.norm(dim=1, keepdim=True)
     # 2.7 deviations let 0.35 % through. An ablation moves the stream as well, by 32
     # unit vectors of 1.2 thresholds, which makes its deviation after it wider.
-    threshold = 3.4 * _DUMMY_NORM / d_model**0.5
+    threshold = 3.4 * _DUMMY_SCALE
     b_enc = torch.zeros(d_sae)
     b_enc[:latents] = 1.2 * threshold
-    hook_point = "layers.12.resid_post"
+    hook_point = f"layers.{model_config['num_hidden_layers'] // 2}.resid_post"
     config = SaeConfig(
         architecture="jumprelu", d_model=d_model, d_sae=d_sae, hook_point=hook_point
     )
@@ -142,8 +181,8 @@ def make_dummy_shape(folder: Path, *, expansion: int = 16, latents: int = 32) ->
     save_sae(sae, config, tensors)
     return _make_shape(
         folder,
-        name="qwen2.5-0.5b",
-        about=f"Qwen2.5-0.5B's shape, dummy weights; SAE 896 -> {d_sae}, random",
+        name=name.lower(),
+        about=f"{name}'s shape, dummy weights; SAE {d_model} -> {d_sae}, random",
         model=model,
         load_format="dummy",
         dtype="bfloat16",

@@ -210,14 +210,25 @@ def _start(setup: _Setup) -> Any:
         max_num_seqs=setup.max_batch,
         max_num_batched_tokens=max(2048, setup.max_length),
         enable_prefix_caching=False,
-        # Four engines share the memory: no more KV cache than the requests can fill.
-        num_gpu_blocks_override=1 + setup.max_batch * -(-setup.max_length // 128),
         enforce_eager=setup.eager_hook,
         seed=0,
+        **_size_cache(setup),
     )
     if setup.eager_hook:
         llm.apply_model(EagerHook(shape))
     return llm
+
+
+def _size_cache(setup: _Setup) -> dict[str, Any]:
+    """Return how much KV cache an engine gets, for four share the memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"kv_cache_memory_bytes": 4 << 30, "gpu_memory_utilization": 0.2}
+    # No more than the requests can fill.
+    return {
+        "num_gpu_blocks_override": 1 + setup.max_batch * -(-setup.max_length // 128)
+    }
 
 
 def _measure(llm: Any, setup: _Setup, task: Task) -> Timing:
@@ -276,11 +287,12 @@ class EagerHook:
         from guard.sae.load import load_sae
 
         sae = load_sae(self.shape.sae, format=self.shape.sae_format)  # type: ignore[arg-type]
+        layer = model.model.layers[HookPoint.parse(self.shape.hook_point).layer]
+        sae = sae.to(next(layer.parameters()).device)
         latents = torch.tensor(self.shape.latents)
         encoder = sae.W_enc[:, latents].contiguous()
         bias, threshold = sae.b_enc[latents], sae.threshold[latents]
         decoder = sae.W_dec[latents]
-        layer = model.model.layers[HookPoint.parse(self.shape.hook_point).layer]
         layer.clamped_tokens = 0
 
         def hook(_module: Any, _args: Any, output: Any) -> None:

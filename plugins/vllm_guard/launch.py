@@ -124,7 +124,8 @@ def _set_environment(policy: Path, *, watch: bool, audit_log: Path | None) -> No
     # whose warnings would stand below the one line that says what is wrong.
     filters = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker"]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
-    # V1 until the V2 adapter has passed on a GPU; GUARD_ALLOW_V2_RUNNER allows it.
+    # V1 until the V2 adapter has passed on a GPU with a vLLM that is supported;
+    # GUARD_ALLOW_V2_RUNNER allows it.
     if "GUARD_ALLOW_V2_RUNNER" not in os.environ:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 

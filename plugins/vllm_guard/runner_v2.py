@@ -1,7 +1,8 @@
 """The V2 model runner: it drops sampling params early and resumes as a new request.
 
-vLLM's CPU build cannot run it, so this adapter is off until it has passed on a GPU;
-a contract test holds it against vLLM's source.
+vLLM's CPU build cannot run it. On a GPU this adapter has passed with vLLM 0.26 alone
+(benchmarks/gpu.py), so it is off until it has with one that is supported; a contract
+test holds it against that one's source.
 """
 
 from collections.abc import Callable
