@@ -4,7 +4,7 @@ import contextlib
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any
@@ -101,8 +101,9 @@ class Client:
         """Answer prompts greedily and yield what the guard told of each, in order.
 
         Raises:
-            EngineError: The server cannot be reached, refuses, or has no guard; or a
-                prompt comes with a response, which only an engine of one's own takes.
+            EngineError: The server cannot be reached, refuses, or has no guard; or
+                replicas behind it run different versions of the policy; or a prompt
+                comes with a response, which only an engine of one's own takes.
         """
         if any(prompt.response is not None for prompt in prompts):
             message = (
@@ -115,13 +116,29 @@ class Client:
         except (KeyError, TypeError, ValueError) as error:
             message = f"{self._url} names no model; expected an OpenAI-compatible one."
             raise EngineError(message) from error
+        versions: set[str] = set()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             try:
-                yield from pool.map(lambda prompt: self._ask(model, prompt), prompts)
+                for version, told in pool.map(
+                    lambda prompt: self._ask(model, prompt), prompts
+                ):
+                    versions.add(version)
+                    self._check_one(versions)
+                    yield told
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _ask(self, model: Mapping[str, Any], prompt: Prompt) -> Told:
+    def _check_one(self, versions: Collection[str]) -> None:
+        if len(versions) > 1:
+            found = " and ".join(sorted(version[:12] for version in versions))
+            message = (
+                f"{self._url} answers under several versions of the policy, {found}; "
+                "expected one: are replicas behind it under different files?"
+            )
+            raise EngineError(message)
+
+    def _ask(self, model: Mapping[str, Any], prompt: Prompt) -> tuple[str, Told]:
+        """Return which version of the policy answered, and what it told."""
         guard = {**self._policy, "trace": "summary"}
         answer = self.call(*ask_for(model["id"], prompt, guard=guard))
         if "guard" not in answer:
@@ -130,7 +147,8 @@ class Client:
             )
             raise EngineError(message)
         total = answer["usage"]["prompt_tokens"] + prompt.max_tokens
-        return Told.of(answer["guard"], min(total, model["max_model_len"]))
+        told = Told.of(answer["guard"], min(total, model["max_model_len"]))
+        return answer["guard"]["fingerprint"], told
 
 
 def ask_for(

@@ -33,6 +33,7 @@ def guarded(path: str, body: Any) -> Answer:
     return 200, {
         "usage": {"prompt_tokens": 40},
         "guard": {
+            "fingerprint": "f1",
             "alarms": [alarm] if score > 5 else [],
             "readings": [
                 {"monitor": "far", "score": score, "position": 3},
@@ -153,6 +154,20 @@ def test_a_server_without_a_guard_is_refused(server: Played) -> None:
         EngineError, match="answers without a verdict; expected a guard"
     ):
         list(Client(server.url).ask([Prompt(prompt="1")]))
+
+
+def test_replicas_under_different_files_are_not_taken_for_one(server: Played) -> None:
+    def answer(path: str, body: Any) -> Answer:
+        status, told = guarded(path, body)
+        if path != "/v1/models" and body["messages"][-1]["content"] == "3":
+            told["guard"]["fingerprint"] = "f2"
+        return status, told
+
+    server.answer = answer
+    prompts = [Prompt(prompt=f"{number % 4}") for number in range(40)]
+    with pytest.raises(EngineError, match="several versions of the policy, f1 and f2"):
+        list(Client(server.url).ask(prompts))
+    assert len(list(Client(server.url).ask(prompts[:3]))) == 3
 
 
 def test_a_prompt_that_brings_its_answer_is_refused_before_anything_is_asked(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from guard.errors import CertificateError
+from guard.fingerprint import fingerprint
 from guard.redteam.certificate import Attacker, PromptRow, Search, Served
 from guard.redteam.evasion import Evasion
 from guard.redteam.objective import Template
@@ -216,6 +217,7 @@ def serve_prompts(
 
     Raises:
         EngineError: The server cannot be reached, or refuses.
+        CertificateError: It answers under another version of the policy.
     """
     exchanges = deliver(
         client,
@@ -230,6 +232,7 @@ def serve_prompts(
         for sample, exchange in zip(subject.samples, exchanges, strict=True)
         for reply in exchange.replies
     ]
+    _check_versions(subject, {reply.fingerprint for _, reply in replies})
     given = [
         Dialogue(
             wanted.prompt,
@@ -245,3 +248,14 @@ def serve_prompts(
         blocked=actions["block"],
         flagged=actions["flag"],
     )
+
+
+def _check_versions(subject: Subject, found: set[str]) -> None:
+    """Refuse what a replica behind a proxy, or a reload, had answered otherwise."""
+    wanted = fingerprint(subject.policy_file, subject.name)
+    if others := sorted(found - {wanted}):
+        message = (
+            f"Prompts were answered under version {others[0][:12]} of policy "
+            f"{subject.name!r}; expected {wanted[:12]} alone."
+        )
+        raise CertificateError(message)

@@ -1,37 +1,62 @@
-"""Two API servers in front of two engines: nothing lost, nothing told twice."""
+"""Several engines, API servers and servers: nothing lost, nothing told twice."""
 
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 import yaml
+from e2e.alerting import Watch, watching
 from e2e.drills import ADMIN_TOKEN
+from e2e.proxy import proxying
 from e2e.reloads import dump, post_reload, wait_for_generation
+from e2e.scraping import wait_for
 from e2e.serving import (
     TOY_POLICIES,
     Server,
     ServerFactory,
     Toy,
+    guard_command,
+    guard_environment,
     list_processes,
     stop,
 )
 from e2e.tripwires import LONG_PROMPT, PROMPT, Tripwires
 from e2e.wire import Answer, read_events, request_body
+from pages import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.steps import StepRecord
+from guard.calibration import load_calibration
+from guard.client import Client
+from guard.demo.measure import ORGANISM
+from guard.demo.traffic import certified_prompts, ordinary_prompts
+from guard.errors import CertificateError
+from guard.prompt import Prompt, write_prompts
+from guard.redteam.benign import measure_benign
+from guard.redteam.certificate import Served
+from guard.redteam.prompt import SAMPLED, run_prompts, serve_prompts
+from guard.redteam.subject import Subject, load_subject
 
 POLICIES = ("default", "held", "open", "middle-output", "middle-output-observed")
 ENGINES = (0, 1)
+VERSIONED = ("default", "watch")
+SKEW = "GuardPolicySkew"
+SCALE = ROOT / "docs" / "scale.md"
 MOST_ROUNDS = 20
 
 
@@ -295,3 +320,274 @@ def test_nothing_is_left_of_several_processes(replicas: Server) -> None:
     while (left := list_processes(replicas)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left == []
+
+
+# Two servers that know nothing of each other, behind one address
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A server of its own, with a policy file of its own."""
+
+    server: Server
+    policy: Path
+
+    def hold(self, tokens: int) -> None:
+        """Reload, with another version of the policies that hold tokens back."""
+        body = yaml.safe_load((ORGANISM / "policy.yaml").read_text())
+        for name in VERSIONED:
+            body["policies"][name]["hold_tokens"] = tokens
+        self.policy.write_text(dump(body))
+        told = post_reload(self.server)
+        assert told.status_code == 200, told.text
+
+
+@pytest.fixture(scope="module")
+def pods(
+    tmp_path_factory: pytest.TempPathFactory, start_server: ServerFactory
+) -> Iterator[list[Pod]]:
+    """Serve the organism twice."""
+    pods = []
+    for number in range(2):
+        folder = tmp_path_factory.mktemp(f"pod-{number}") / "organism"
+        shutil.copytree(ORGANISM, folder)
+        policy = folder / "policy.yaml"
+        environment = {"GUARD_ADMIN_TOKEN": ADMIN_TOKEN}
+        model = folder / "model"
+        started = start_server(
+            model, policy, "--enforce-eager", environment=environment
+        )
+        pods.append(Pod(started, policy))
+    yield pods
+    for pod in pods:
+        stop(pod.server.process)
+
+
+@pytest.fixture(scope="module")
+def address(pods: list[Pod], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where both of them are."""
+    servers = [pod.server for pod in pods]
+    with proxying(servers, tmp_path_factory.mktemp("nginx")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def watch(pods: list[Pod], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
+    servers = [pod.server for pod in pods]
+    with watching(servers, tmp_path_factory.mktemp("watch")) as watch:
+        yield watch
+
+
+def draw_prompts(count: int, seed: int) -> list[Prompt]:
+    return ordinary_prompts(count, seed=seed, split="calibration")
+
+
+def chat(url: str, prompt: str, headers: Any = None, **guard: str) -> dict[str, Any]:
+    """Ask for a chat completion, over a new connection, and return its verdict."""
+    body = {"model": "model", "max_tokens": 20, "temperature": 0, "guard": guard}
+    body["messages"] = [{"role": "user", "content": prompt}]
+    url = f"{url}/v1/chat/completions"
+    answer = httpx.post(url, json=body, headers=headers, timeout=120)
+    return dict(answer.raise_for_status().json()["guard"])
+
+
+def sum_by(watch: Watch, *labels: str) -> Counter[tuple[str, ...]]:
+    """Return what all replicas counted of requests, as scale.md adds it up."""
+    found = watch.query(f"sum by ({', '.join(labels)}) (guard_requests_total)")
+    return Counter(
+        {
+            tuple(dict(one)[label] for label in labels): int(value)
+            for one, value in found.items()
+        }
+    )
+
+
+def test_requests_through_a_proxy_are_answered_by_both_and_add_up(
+    address: str, watch: Watch
+) -> None:
+    before, of_each = sum_by(watch, "policy", "action"), sum_by(watch, "instance")
+    asks = [
+        (prompt.prompt, policy)
+        for policy in ("watch", "open")
+        for prompt in draw_prompts(30, seed=9_010_000)
+    ]
+    with ThreadPoolExecutor(6) as pool:
+        told = list(pool.map(lambda ask: chat(address, ask[0], policy=ask[1]), asks))
+    expected = Counter((one["policy"], one["action"]) for one in told)
+    wait_for(
+        lambda: sum_by(watch, "policy", "action") - before == expected, seconds=120
+    )
+    # How many each gets depends on how fast it answers.
+    shares = sum_by(watch, "instance") - of_each
+    assert len(shares) == 2
+    assert shares.total() == len(asks)
+
+
+def test_a_share_of_all_replicas_is_no_mean_of_theirs(
+    pods: list[Pod], watch: Watch
+) -> None:
+    """One is attacked, and all of it is stopped; the other is asked four times more."""
+    attacked, busy = (pod.server.url for pod in pods)
+    admin = {"x-guard-admin-token": ADMIN_TOKEN}
+    listed = httpx.get(f"{attacked}/guard/drills", headers=admin, timeout=60).json()
+    drill = listed["drills"][0]
+    expressions = re.findall(r"`((?:histogram|sum|count)[^`]+)`", SCALE.read_text())
+    assert len(expressions) == 3
+    blocked, asked = 0, 0
+    for prompt in draw_prompts(60, seed=9_020_000):
+        asked += 1
+        if not asked % 5:
+            told = chat(attacked, drill["prompt"], admin, drill=drill["name"])
+            blocked += told["action"] == "block"
+        else:
+            assert chat(busy, prompt.prompt)["action"] != "block"
+    assert blocked == asked / 5
+    recorded = "job_policy:guard_requests_blocked:ratio_rate10m"
+
+    def share() -> float:
+        found = watch.query(f"{recorded}{{policy='default'}}")
+        return next(iter(found.values()), 0.0)
+
+    assert wait_for(share) == pytest.approx(blocked / asked, abs=0.08)
+    requests, scores, skew = (watch.query(one) for one in expressions)
+    rates = {(dict(k)["policy"], dict(k)["action"]): v for k, v in requests.items()}
+    assert rates["default", "block"] > 0
+    assert {dict(k)["policy"]: v for k, v in scores.items()}["default"] > 1
+    assert skew == {}
+
+
+def test_a_stream_through_a_proxy_comes_as_it_is_written(address: str) -> None:
+    body = request_body("how do i", "open", stream=True, max_tokens=100)
+    body |= {"ignore_eos": True}
+    arrived = []
+    guard: dict[str, Any] = {}
+    url = f"{address}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=120) as stream:
+        for data in read_events(stream):
+            arrived.append(time.monotonic())
+            guard = guard if data == "[DONE]" else json.loads(data).get("guard", guard)
+    assert guard["policy"] == "open"
+    gaps = [later - earlier for earlier, later in pairwise(arrived)]
+    # All at once is what buffers.
+    assert max(gaps) < sum(gaps) / 2
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/metrics"),
+        ("POST", "/guard/reload"),
+        ("GET", "/guard/drills"),
+    ],
+)
+def test_what_is_one_replicas_own_is_not_asked_through_a_proxy(
+    address: str, method: str, path: str
+) -> None:
+    headers = {"x-guard-admin-token": ADMIN_TOKEN}
+    answer = httpx.request(method, f"{address}{path}", headers=headers, timeout=60)
+    assert answer.status_code == 403
+    assert httpx.get(f"{address}/guard/ready", timeout=60).json() == {"ready": True}
+
+
+def run_calibrate(folder: Path, url: str, *words: str) -> Any:
+    command = guard_command("calibrate", "--policy", str(folder / "policy.yaml"))
+    command += ["--name", "watch", "--url", url, *words]
+    command += ["--prompts", str(folder / "fresh.jsonl")]
+    return subprocess.run(
+        command,
+        env=guard_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The policy's folder of whoever calibrates, with fresh prompts."""
+    folder = tmp_path_factory.mktemp("desk") / "organism"
+    shutil.copytree(ORGANISM, folder)
+    write_prompts(folder / "fresh.jsonl", draw_prompts(60, seed=9_030_000))
+    return folder
+
+
+def test_replicas_behind_a_proxy_calibrate_as_one_server_does(
+    desk: Path, pods: list[Pod], address: str
+) -> None:
+    checked = run_calibrate(desk, address, "--check")
+    assert checked.returncode == 0, checked.stderr
+    found = []
+    for url in (pods[0].server.url, address):
+        before = [count(pod.server.metrics(), "guard_requests_total") for pod in pods]
+        done = run_calibrate(desk, url)
+        assert done.returncode == 0, done.stderr
+        after = [count(pod.server.metrics(), "guard_requests_total") for pod in pods]
+        asked = [b - a for a, b in zip(before, after, strict=True)]
+        assert sum(asked) == 60
+        assert (asked[1] > 0) == (url == address)
+        found.append(load_calibration(desk / "calib" / "default.safetensors").maxima)
+    torch.testing.assert_close(found[1], found[0], rtol=0.01, atol=0.01)
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """What `guard certify` attacks, a few samples of it."""
+    few = tmp_path_factory.mktemp("subject") / "few.jsonl"
+    lines = certified_prompts()
+    write_prompts(few, [*lines[:6], *lines[-6:]])
+    model, policy = ORGANISM / "model", ORGANISM / "policy.yaml"
+    return load_subject(model, policy, "default", few, samples=6, benign=6)
+
+
+def send_attack(subject: Subject, client: Client) -> Served:
+    """Do what `guard certify --url` does with a server."""
+    row = run_prompts(subject, "none", "unaware", queries=1, seed=0)
+    return serve_prompts(subject, client, row.prompts, seed=0)
+
+
+def test_attacked_prompts_may_be_sent_through_a_proxy(
+    subject: Subject, address: str
+) -> None:
+    client = Client(address)
+    served = send_attack(subject, client)
+    assert served.attempts == len(subject.samples) * (1 + SAMPLED) > 0
+    assert measure_benign(subject, client).seconds_guarded
+
+
+def test_replicas_that_differ_are_told_of_until_they_are_alike(
+    desk: Path, subject: Subject, pods: list[Pod], address: str, watch: Watch
+) -> None:
+    assert watch.alerts(SKEW) == []
+    pods[1].hold(3)
+    wait_for(lambda: len(watch.alerts(SKEW)) == len(VERSIONED), seconds=120)
+    told = {one["labels"]["policy"]: one["annotations"] for one in watch.alerts(SKEW)}
+    assert told.keys() == set(VERSIONED)
+    assert "2 versions of the policy watch" in told["watch"]["summary"]
+    served = watch.query("guard_policy_info{policy='watch'} == 1")
+    behind = {dict(one)["instance"]: dict(one)["fingerprint"] for one in served}
+    assert len(behind) == len(set(behind.values())) == 2
+    # Whoever calibrates meanwhile would mix two policies.
+    refused = run_calibrate(desk, address, "--check")
+    assert refused.returncode == 1
+    assert "several versions of the policy" in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("guard: ")
+    with pytest.raises(CertificateError, match="answered under version"):
+        send_attack(subject, Client(address))
+
+    pods[0].hold(3)
+    wait_for(lambda: watch.alerts(SKEW) == [], seconds=120)
+    wait_for(lambda: watch.paged(SKEW, "resolved"))
+    assert run_calibrate(desk, address, "--check").returncode == 0
+
+
+def test_the_others_answer_for_a_replica_that_is_gone(
+    pods: list[Pod], address: str, watch: Watch
+) -> None:
+    stop(pods[0].server.process)
+    for prompt in draw_prompts(6, seed=9_040_000):
+        assert chat(address, prompt.prompt, policy="open")["action"] == "allow"
+    (alert,) = wait_for(lambda: watch.alerts("GuardNotReady"), seconds=120)
+    assert alert["labels"]["instance"] == pods[0].server.url.removeprefix("http://")
+    (left,) = watch.query("up == 1")
+    assert dict(left)["instance"] == pods[1].server.url.removeprefix("http://")
