@@ -54,6 +54,7 @@ bench: .venv/.ready build/organism-1
 	$(bin)/python -m benchmarks.streams
 	$(bin)/python -m benchmarks.reload
 	$(bin)/python -m benchmarks.soak
+	$(bin)/python -m benchmarks.memory
 	$(bin)/python -m benchmarks.false_alarms
 	$(bin)/python -m benchmarks.drift
 	$(bin)/python -m benchmarks.detection --organism build/organism-1
