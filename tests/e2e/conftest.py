@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from e2e.drills import ADMIN_TOKEN, Drills
 from e2e.ledger import Ledger
 from e2e.serving import (
+    THREADS,
     TOY_POLICIES,
     Server,
     ServerFactory,
@@ -21,6 +23,8 @@ from e2e.serving import (
 from e2e.tripwires import Tripwires
 
 from benchmarks.steps import StepRecord
+
+os.environ |= THREADS
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from deploy.dockerfile import FOLDER, ROOT, read_environment, read_stages
 from deploy.manifest import Object, guard_of, of_kind, pod_of
-from e2e.serving import Server
+from e2e.serving import THREADS, Server
 
 from guard.demo import __path__ as demo_path
 from guard.redteam.server import find_free_port
@@ -119,12 +119,11 @@ def _environment(guard: Object) -> Mapping[str, str]:
         else SECRETS[one["valueFrom"]["secretKeyRef"]["key"]]
         for one in guard["env"]
     }
-    inherited = ("PATH", "PYTHONPATH")
+    inherited = ("PATH", "PYTHONPATH", *THREADS)
     return {
         **{name: os.environ[name] for name in inherited if name in os.environ},
         **image,
         **given,
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
 

@@ -31,6 +31,9 @@ from guard.testing import make_toy_model, save_toy_sae
 
 HOOK_POINT = "layers.1.resid_post"
 START_SECONDS = 420
+THREADS = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""One for each engine, wherever there is room: by itself vLLM puts all of them onto the
+same first core."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,6 @@ def guard_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     environment = inherited | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
         **(extra or {}),
     }
     # Before, not instead of, where this process finds the code under test.
