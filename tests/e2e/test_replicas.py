@@ -402,6 +402,7 @@ def sum_by(watch: Watch, *labels: str) -> Counter[tuple[str, ...]]:
     )
 
 
+@pytest.mark.quiet
 def test_requests_through_a_proxy_are_answered_by_both_and_add_up(
     address: str, watch: Watch
 ) -> None:
@@ -555,6 +556,7 @@ def test_attacked_prompts_may_be_sent_through_a_proxy(
     assert measure_benign(subject, client).seconds_guarded
 
 
+@pytest.mark.quiet
 def test_replicas_that_differ_are_told_of_until_they_are_alike(
     desk: Path, subject: Subject, pods: list[Pod], address: str, watch: Watch
 ) -> None:
@@ -581,6 +583,7 @@ def test_replicas_that_differ_are_told_of_until_they_are_alike(
     assert run_calibrate(desk, address, "--check").returncode == 0
 
 
+@pytest.mark.quiet
 def test_the_others_answer_for_a_replica_that_is_gone(
     pods: list[Pod], address: str, watch: Watch
 ) -> None:
