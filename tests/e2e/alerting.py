@@ -113,7 +113,7 @@ def _scrape(servers: Sequence[Server], alertmanager: str) -> str:
     for old, new in (
         ('"guard:8000"', ", ".join(f'"{target}"' for target in targets)),
         ("alertmanager:9093", alertmanager.removeprefix("http://")),
-        ("interval: 15s", "interval: 2s"),
+        ("interval: 15s", "interval: 3s"),
     ):
         assert old in text
         text = text.replace(old, new)
