@@ -17,10 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from deploy.conftest import find_tool
 from e2e.scraping import wait_for
 from e2e.serving import Server, stop
 from pages import ROOT, list_blocks
+from tools import find_tool
 
 from guard.redteam.server import find_free_port
 

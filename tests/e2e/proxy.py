@@ -6,10 +6,10 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deploy.conftest import find_tool
 from e2e.scraping import wait_for
 from e2e.serving import Server, stop
 from pages import ROOT
+from tools import find_tool
 
 from guard.redteam.server import find_free_port
 
