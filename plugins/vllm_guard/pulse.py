@@ -14,7 +14,9 @@ from guard.metrics import Metrics
 
 __all__ = ["Pulse"]
 
-_ASK_SECONDS = 5.0
+_ASK_SECONDS = 15.0
+"""A worker that was asked looks out for the next word for a second, at a whole core's
+cost: an idle one should rest."""
 _AGE_SECONDS = 1.0
 
 

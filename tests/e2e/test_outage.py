@@ -220,7 +220,7 @@ def test_what_hangs_is_not_ready_and_goes_on_where_it_was(
             arrived = len(caller.chunks)
             time.sleep(0.2)
             assert len(caller.chunks) == arrived < 200
-            # Engines are asked every few seconds.
+            # Engines are asked now and then.
             wait_until(lambda: server.metrics()["guard_ready"] == 0, "shown as hung")
             assert server.metrics()["guard_snapshot_age_seconds"] > 1
     caller.end()
