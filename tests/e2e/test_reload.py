@@ -28,7 +28,7 @@ from e2e.reloads import (
     wait_for_generation,
     watch,
 )
-from e2e.serving import Server, ServerFactory, Toy
+from e2e.serving import Server, ServerFactory, Toy, stop
 from e2e.test_tenants import digest_of
 from e2e.tripwires import LONG_PROMPT, PROMPT
 
@@ -65,15 +65,17 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
 @pytest.fixture(scope="module")
 def running(
     toy: Toy, folder: PolicyFolder, faults: Faults, start_server: ServerFactory
-) -> Server:
+) -> Iterator[Server]:
     """Serve the toy, compiled, to two keys."""
-    return start_server(
+    server = start_server(
         toy.model,
         folder.write(PLAIN),
         *("--block-size", "32", "--enable-prompt-tokens-details"),
         *("--api-key", *KEYS.values()),
         environment=faults.environment | {"GUARD_ADMIN_TOKEN": ADMIN_TOKEN},
     )
+    yield server
+    stop(server.process)
 
 
 @pytest.fixture
