@@ -456,7 +456,8 @@ def test_a_share_of_all_replicas_is_no_mean_of_theirs(
     assert skew == {}
 
 
-def test_a_stream_through_a_proxy_comes_as_it_is_written(address: str) -> None:
+def time_stream(address: str) -> float:
+    """Return during what share of a request's time its stream arrives."""
     body = request_body("how do i", "open", stream=True, max_tokens=100)
     body |= {"ignore_eos": True}
     arrived = []
@@ -468,8 +469,12 @@ def test_a_stream_through_a_proxy_comes_as_it_is_written(address: str) -> None:
             arrived.append(time.monotonic())
             guard = guard if data == "[DONE]" else json.loads(data).get("guard", guard)
     assert guard["policy"] == "open"
-    # What buffers waits for the end and then writes all at once.
-    assert arrived[-1] - arrived[0] > (arrived[-1] - sent) / 4
+    return (arrived[-1] - arrived[0]) / (arrived[-1] - sent)
+
+
+def test_a_stream_through_a_proxy_comes_as_it_is_written(address: str) -> None:
+    """What buffers always waits for the end; a busy server only now and then."""
+    assert max(time_stream(address) for _ in range(5)) > 1 / 4
 
 
 @pytest.mark.parametrize(
