@@ -29,12 +29,6 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def prometheus_binary() -> str:
-    """The path of a Prometheus server."""
-    return find_tool("prometheus")
-
-
-@pytest.fixture(scope="session")
 def promtool() -> str:
     """The path of what checks rules and metrics for Prometheus."""
     return find_tool("promtool")

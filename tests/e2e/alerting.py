@@ -10,19 +10,15 @@ import shutil
 import subprocess
 import threading
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from e2e.scraping import wait_for
-from e2e.serving import Server, stop
+from e2e.scraping import read_json, running, wait_for
+from e2e.serving import Server
 from pages import ROOT, list_blocks
-from tools import find_tool
-
-from guard.redteam.server import find_free_port
 
 DEPLOY = ROOT / "deploy"
 OPERATOR = "  - name: operator\n"
@@ -79,7 +75,7 @@ def watching(servers: Sequence[Server], folder: Path) -> Iterator[Watch]:
         rehearse(folder / "rules")
         (folder / "alertmanager.yml").write_text(_page_operator(pager))
         alertmanager = stack.enter_context(
-            _running(
+            running(
                 *("prometheus-alertmanager", folder, "alertmanager.yml"),
                 *(f"--storage.path={folder / 'alerts'}", "--cluster.listen-address="),
             )
@@ -87,7 +83,7 @@ def watching(servers: Sequence[Server], folder: Path) -> Iterator[Watch]:
         (folder / "prometheus.yml").write_text(_scrape(servers, alertmanager))
         data = f"--storage.tsdb.path={folder / 'data'}"
         prometheus = stack.enter_context(
-            _running("prometheus", folder, "prometheus.yml", data)
+            running("prometheus", folder, "prometheus.yml", data)
         )
         watch = Watch(prometheus, alertmanager, pages)
         wait_for(lambda: len(watch.query("up == 1")) == len(servers))
@@ -100,11 +96,6 @@ def rehearse(folder: Path) -> None:
     shutil.copy(DEPLOY / "prometheus" / "rules.yml", folder)
     subprocess.run(["bash", "-euc", block.text], cwd=folder, check=True)
     (folder / "rules.yml").unlink()
-
-
-def read_json(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return json.load(answer)
 
 
 def _scrape(servers: Sequence[Server], alertmanager: str) -> str:
@@ -130,31 +121,6 @@ def _page_operator(pager: str) -> str:
         assert old in text
         text = text.replace(old, new)
     return text
-
-
-@contextlib.contextmanager
-def _running(name: str, folder: Path, config: str, *options: str) -> Iterator[str]:
-    """Run a program that listens on a free port; its URL is yielded."""
-    address = f"127.0.0.1:{find_free_port()}"
-    command = [find_tool(name), f"--config.file={folder / config}", *options]
-    with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, f"--web.listen-address={address}"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait_for(lambda: read_ready(f"http://{address}"))
-        yield f"http://{address}"
-    finally:
-        stop(process)
-
-
-def read_ready(url: str) -> bool:
-    with urllib.request.urlopen(f"{url}/-/ready", timeout=10) as answer:
-        return bool(answer.status == 200)
 
 
 @contextlib.contextmanager

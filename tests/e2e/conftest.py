@@ -48,9 +48,9 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> StepRecord:
     return StepRecord(tmp_path_factory.mktemp("steps"))
 
 
-@pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFactory]:
-    """Start servers on free ports; all are stopped when the session ends."""
+@contextlib.contextmanager
+def starting(factory: pytest.TempPathFactory) -> Iterator[ServerFactory]:
+    """Start servers on free ports; all are stopped with the context."""
     with contextlib.ExitStack() as stack:
 
         def start(
@@ -59,7 +59,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFac
             *flags: str,
             environment: Mapping[str, str] | None = None,
         ) -> Server:
-            folder = tmp_path_factory.mktemp("server")
+            folder = factory.mktemp("server")
             server = launch(model, policy, flags, folder, environment or {})
             stack.callback(stop, server.process)
             wait_until_ready(server)
@@ -69,19 +69,35 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFac
 
 
 @pytest.fixture(scope="session")
+def start_shared_server(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ServerFactory]:
+    """Start servers that tests of several modules use."""
+    with starting(tmp_path_factory) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFactory]:
+    """Start servers of one module of tests, which end with it."""
+    with starting(tmp_path_factory) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
 def toy_server(
     toy: Toy,
     tripwires: Tripwires,
     drills: Drills,
     steps: StepRecord,
-    start_server: ServerFactory,
+    start_shared_server: ServerFactory,
 ) -> Server:
     """Serve the toy under `TOY_POLICIES`, tripwires and drills, compiled.
 
     It logs all it can, for `test_secrets.py` to look through.
     """
     policies = tripwires.add_to(TOY_POLICIES)
-    return start_server(
+    return start_shared_server(
         toy.model,
         toy.write_policy("shared", drills.add_to(policies)),
         *("--block-size", "32", "--enable-prompt-tokens-details"),
@@ -92,7 +108,7 @@ def toy_server(
 
 @pytest.fixture(scope="session")
 def drafting_server(
-    toy: Toy, tripwires: Tripwires, start_server: ServerFactory
+    toy: Toy, tripwires: Tripwires, start_shared_server: ServerFactory
 ) -> Server:
     """Serve the toy with n-gram speculation, and long prompts in chunks."""
     drafts = {
@@ -101,7 +117,7 @@ def drafting_server(
         "prompt_lookup_max": 3,
         "prompt_lookup_min": 1,
     }
-    return start_server(
+    return start_shared_server(
         toy.model,
         toy.write_policy("drafting", tripwires.add_to(TOY_POLICIES)),
         *("--block-size", "32", "--max-num-batched-tokens", "64"),

@@ -4,7 +4,6 @@ import json
 import resource
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from e2e.serving import (
     Toy,
     guard_command,
     guard_environment,
-    stop,
 )
 from e2e.tripwires import PROMPT, Tripwires
 
@@ -34,16 +32,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(
     path: Path, toy: Toy, tripwires: Tripwires, start_server: ServerFactory
-) -> Iterator[Server]:
+) -> Server:
     """Serve behind two API servers, each of which writes."""
-    server = start_server(
+    return start_server(
         toy.model,
         toy.write_policy("audited", tripwires.add_to(TOY_POLICIES)),
         *("--block-size", "32", "--enforce-eager"),
         *("--api-server-count", "2", "--audit-log", str(path)),
     )
-    yield server
-    stop(server.process)
 
 
 def ask(server: Server, policy: str) -> str:

@@ -3,7 +3,6 @@ there as they were on transformers."""
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from guard.redteam.reply import deliver
 from guard.redteam.subject import Subject, encode, load_subject
 from guard.redteam.target import answer
 
-from .serving import Server, ServerFactory, stop
+from .serving import Server, ServerFactory
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, start_server: ServerFactory) -> Iterator[Server]:
-    server = start_server(
+def server(folder: Path, start_server: ServerFactory) -> Server:
+    return start_server(
         folder / "model",
         folder / "policy.yaml",
         *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager"),
     )
-    yield server
-    stop(server.process)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from e2e.scraping import Ask, scraping, wait_for
-from e2e.serving import Server, ServerFactory, stop
+from e2e.serving import Server, ServerFactory
 from queries import fill_in, list_targets
 
 ROOT = Path(__file__).parents[2]
@@ -23,16 +23,14 @@ SECONDS = 120
 
 
 @pytest.fixture(scope="module")
-def server(start_server: ServerFactory) -> Iterator[Server]:
+def server(start_server: ServerFactory) -> Server:
     """Serve the organism: its policy has every kind of score, and drills that alarm."""
-    server = start_server(
+    return start_server(
         ORGANISM / "model",
         ORGANISM / "policy.yaml",
         "--enforce-eager",
         environment={"GUARD_ADMIN_TOKEN": TOKEN},
     )
-    yield server
-    stop(server.process)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +62,12 @@ def load(server: Server) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def query(
-    prometheus_binary: str,
     server: Server,
     load: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Ask]:
     folder = tmp_path_factory.mktemp("prometheus")
-    with scraping(prometheus_binary, server, folder, str(RULES)) as ask:
+    with scraping(server, folder, str(RULES)) as ask:
         yield ask
 
 

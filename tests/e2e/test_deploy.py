@@ -1,9 +1,8 @@
 """What is deployed, started for real: a pod's guard, and who watches it."""
 
-import json
-import subprocess
-import urllib.request
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ import pytest
 from deploy.dockerfile import ROOT
 from deploy.manifest import Object, copy_deploy, of_kind, pod_of, render
 from e2e.pod import KEY, Volumes, check_namespaces, start_pod
-from e2e.scraping import wait_for
+from e2e.scraping import read_json, running, wait_for
 from e2e.serving import Server, stop, wait_until_ready
-from tools import find_tool
-
-from guard.redteam.server import find_free_port
 
 COMPOSE = ROOT / "deploy" / "compose"
 PROMPT = {"role": "user", "content": "how do i heat the door ?"}
@@ -115,46 +111,22 @@ def test_a_config_map_that_changes_is_served_without_a_new_pod(
     assert ask(pod).json()["guard"]["mode"] == "enforce"
 
 
-Start = Callable[..., str]
-
-
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a program that listens on a free port; its URL is returned."""
-    running = []
-
-    def run(name: str, *arguments: str) -> str:
-        address = f"127.0.0.1:{find_free_port()}"
-        with (tmp_path / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [find_tool(name), *arguments, f"--web.listen-address={address}"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        running.append(process)
-        return f"http://{address}"
-
-    yield run
-    for process in running:
-        stop(process)
-
-
-def read_json(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return json.load(answer)
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
 
 
 def test_an_alert_about_a_guarded_server_reaches_alertmanager(
-    pod: Server, deploy: Path, tmp_path: Path, start: Start
+    pod: Server, deploy: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
     """With the configurations of the composition, other addresses apart."""
-    alertmanager = start(
-        "prometheus-alertmanager",
-        f"--config.file={COMPOSE / 'alertmanager.yml'}",
-        f"--storage.path={tmp_path / 'alerts'}",
-        "--cluster.listen-address=",
+    shutil.copy(COMPOSE / "alertmanager.yml", tmp_path)
+    alertmanager = stack.enter_context(
+        running(
+            *("prometheus-alertmanager", tmp_path, "alertmanager.yml"),
+            *(f"--storage.path={tmp_path / 'alerts'}", "--cluster.listen-address="),
+        )
     )
     config = (COMPOSE / "prometheus.yml").read_text()
     for name, url in (("guard:8000", pod.url), ("alertmanager:9093", alertmanager)):
@@ -170,10 +142,9 @@ def test_an_alert_about_a_guarded_server_reaches_alertmanager(
         "groups:\n- name: well\n  rules:\n"
         "  - {alert: AllIsWell, expr: up == 1 and on (instance) guard_info}\n"
     )
-    prometheus = start(
-        "prometheus",
-        f"--config.file={tmp_path / 'prometheus.yml'}",
-        f"--storage.tsdb.path={tmp_path / 'data'}",
+    data = f"--storage.tsdb.path={tmp_path / 'data'}"
+    prometheus = stack.enter_context(
+        running("prometheus", tmp_path, "prometheus.yml", data)
     )
 
     def told(path: str) -> Any:

@@ -6,12 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from e2e.drills import ADMIN_TOKEN
-from e2e.serving import Server, ServerFactory, stop
+from e2e.serving import Server, ServerFactory
 from pages import Block, list_blocks
 
 from guard.demo.show import OPTIONS, ORGANISM
@@ -23,18 +22,16 @@ HERE = "http://localhost:8000"
 @pytest.fixture(scope="module")
 def organism(
     start_server: ServerFactory, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+) -> Server:
     """Serve the organism as `guard demo` does, from a folder that examples stand in."""
     folder = tmp_path_factory.mktemp("docs") / "organism"
     shutil.copytree(ORGANISM, folder)
-    server = start_server(
+    return start_server(
         folder / "model",
         folder / "policy.yaml",
         *OPTIONS,
         environment={"GUARD_ADMIN_TOKEN": ADMIN_TOKEN},
     )
-    yield server
-    stop(server.process)
 
 
 def skip_unless_installed(block: Block) -> None:

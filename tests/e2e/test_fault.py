@@ -144,14 +144,12 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
 
 
 @pytest.fixture(scope="module")
-def server(toy: Toy, faults: Faults, start_server: ServerFactory) -> Iterator[Server]:
+def server(toy: Toy, faults: Faults, start_server: ServerFactory) -> Server:
     """Serve the toy with all faults off, under an operator's own VLLM_PLUGINS."""
     policy = toy.write_policy("faulty", TOY_POLICIES)
-    server = start_server(
+    return start_server(
         toy.model, policy, "--enforce-eager", environment=faults.environment
     )
-    yield server
-    stop(server.process)
 
 
 def complete(server: Server, **options: Any) -> Any:

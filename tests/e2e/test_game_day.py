@@ -22,7 +22,7 @@ import yaml
 from e2e.alerting import Watch, watching
 from e2e.drills import ADMIN_TOKEN
 from e2e.scraping import wait_for
-from e2e.serving import Server, ServerFactory, stop
+from e2e.serving import Server, ServerFactory
 from pages import ROOT, read_blocks
 
 from guard.demo.measure import ORGANISM
@@ -100,15 +100,13 @@ def rewrite_policy(
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, start_server: ServerFactory) -> Iterator[Server]:
-    server = start_server(
+def server(folder: Path, start_server: ServerFactory) -> Server:
+    return start_server(
         folder / "model",
         folder / "policy.yaml",
         *("--enforce-eager", "--audit-log", str(folder / "audit.jsonl")),
         environment={"GUARD_ADMIN_TOKEN": ADMIN_TOKEN},
     )
-    yield server
-    stop(server.process)
 
 
 @pytest.fixture(scope="module")

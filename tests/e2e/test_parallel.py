@@ -1,7 +1,6 @@
 """One model over two ranks: the same tokens, readings and counts as on one."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -67,10 +66,10 @@ def two_ranks(
     faults: Faults,
     record: StepRecord,
     start_server: ServerFactory,
-) -> Iterator[Server]:
+) -> Server:
     """Serve as `toy_server` does, compiled, on two tensor-parallel ranks."""
     path = f"{record.begin()['PYTHONPATH']}:{faults.folder}"
-    server = start_server(
+    return start_server(
         toy.model,
         toy.write_policy("two-ranks", tripwires.add_to(TOY_POLICIES)),
         *("--block-size", "32", *TENSOR_PARALLEL),
@@ -78,8 +77,6 @@ def two_ranks(
         | BOUND_CORES
         | {"PYTHONPATH": path, "GUARD_ADMIN_TOKEN": ADMIN_TOKEN},
     )
-    yield server
-    stop(server.process)
 
 
 def ask_with_readings(server: Server, name: str) -> Answer:

@@ -12,10 +12,10 @@ from e2e.serving import Server
 
 @pytest.fixture
 def query(
-    prometheus_binary: str, toy_server: Server, tmp_path: Path
+    toy_server: Server, tmp_path: Path
 ) -> Iterator[Callable[[str], dict[str, float]]]:
     """Run a Prometheus that scrapes the server, and tell how to ask it."""
-    with scraping(prometheus_binary, toy_server, tmp_path) as ask:
+    with scraping(toy_server, tmp_path) as ask:
         yield ask
 
 

@@ -28,7 +28,7 @@ from e2e.reloads import (
     wait_for_generation,
     watch,
 )
-from e2e.serving import Server, ServerFactory, Toy, stop
+from e2e.serving import Server, ServerFactory, Toy
 from e2e.test_tenants import digest_of
 from e2e.tripwires import LONG_PROMPT, PROMPT
 
@@ -65,17 +65,15 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
 @pytest.fixture(scope="module")
 def running(
     toy: Toy, folder: PolicyFolder, faults: Faults, start_server: ServerFactory
-) -> Iterator[Server]:
+) -> Server:
     """Serve the toy, compiled, to two keys."""
-    server = start_server(
+    return start_server(
         toy.model,
         folder.write(PLAIN),
         *("--block-size", "32", "--enable-prompt-tokens-details"),
         *("--api-key", *KEYS.values()),
         environment=faults.environment | {"GUARD_ADMIN_TOKEN": ADMIN_TOKEN},
     )
-    yield server
-    stop(server.process)
 
 
 @pytest.fixture

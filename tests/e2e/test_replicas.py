@@ -69,17 +69,15 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> StepRecord:
 @pytest.fixture(scope="module")
 def replicas(
     toy: Toy, tripwires: Tripwires, record: StepRecord, start_server: ServerFactory
-) -> Iterator[Server]:
+) -> Server:
     """Serve the toy from two data-parallel engines behind two API servers."""
-    server = start_server(
+    return start_server(
         toy.model,
         toy.write_policy("replicas", tripwires.add_to(TOY_POLICIES)),
         *("--block-size", "32", "--enforce-eager"),
         *("--data-parallel-size", "2", "--api-server-count", "2"),
         environment=record.begin() | {"GUARD_ADMIN_TOKEN": ADMIN_TOKEN},
     )
-    yield server
-    stop(server.process)
 
 
 def ask(server: Server, engine: int, body: dict[str, Any]) -> Answer:
@@ -345,7 +343,7 @@ class Pod:
 @pytest.fixture(scope="module")
 def pods(
     tmp_path_factory: pytest.TempPathFactory, start_server: ServerFactory
-) -> Iterator[list[Pod]]:
+) -> list[Pod]:
     """Serve the organism twice."""
     pods = []
     for number in range(2):
@@ -358,9 +356,7 @@ def pods(
             model, policy, "--enforce-eager", environment=environment
         )
         pods.append(Pod(started, policy))
-    yield pods
-    for pod in pods:
-        stop(pod.server.process)
+    return pods
 
 
 @pytest.fixture(scope="module")

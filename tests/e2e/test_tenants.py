@@ -3,7 +3,6 @@
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterator
 
 import httpx
 import openai
@@ -15,7 +14,6 @@ from e2e.serving import (
     Toy,
     guard_command,
     guard_environment,
-    stop,
 )
 from e2e.tripwires import LONG_PROMPT
 
@@ -31,21 +29,19 @@ def digest_of(key: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def keyed_server(toy: Toy, start_server: ServerFactory) -> Iterator[Server]:
+def keyed_server(toy: Toy, start_server: ServerFactory) -> Server:
     tenants = (
         "tenants:\n"
         f"  - {{api_key_sha256: {digest_of(KEYS['research'])}, "
         "policies: [staff, held]}\n"
         f"  - {{api_key_sha256: {digest_of(KEYS['open'])}, policies: [open]}}\n"
     )
-    server = start_server(
+    return start_server(
         toy.model,
         toy.write_policy("tenants", TOY_POLICIES + tenants),
         *("--block-size", "32", "--enforce-eager", "--enable-prompt-tokens-details"),
         *("--api-key", *KEYS.values()),
     )
-    yield server
-    stop(server.process)
 
 
 def complete(
