@@ -23,7 +23,7 @@ from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken
 from guard.http.middleware import GuardMiddleware, send_error
 from guard.http.openai import error_body
 from guard.metrics import Metrics
-from vllm_guard import context
+from vllm_guard import context, ending
 from vllm_guard.pulse import Pulse
 from vllm_guard.rollout import WAIT_SECONDS, Rollout, await_answer, read_keys
 
@@ -181,6 +181,7 @@ class GuardEndpoint:
             PolicyError: The key of a tenant is not among the server's.
         """
         self._client = engine_client
+        ending.install(engine_client)
         board = context.get_board()
         with context.reporting():
             board.desk.keys = read_keys(args, context.get().start.policy_file)

@@ -32,6 +32,7 @@ FAULTS = (
     "a storm of harmless signals, stops and continues",
     "an API server of two is stopped",
     "SIGTERM",
+    "a storm of SIGTERM and SIGINT to every process",
     "a worker is killed",
     "one of two tensor-parallel ranks is killed",
     "the engine core is killed",
@@ -54,9 +55,8 @@ one under a policy that observes is flagged. Attention kernels multiply what lie
 the end of a sequence by 0, and 0 * NaN is NaN: so a KV block that such a request had is
 zeroed before another one is given it.
 
-Known and not solved: when SIGTERM and SIGINT reached all processes of a server many
-times over, a stream was left open until its client gave up, and the server waited.
-One SIGTERM to the server ends both.
+Told to end, vLLM kills its engines and then waits without end for the connections of
+those who hope for more of an answer; the guard ends each with an `error` event.
 
 What is not here vLLM does alone. Seconds from a killed process to not ready are in
 [faults.json](../benchmarks/results/faults.json).

@@ -43,6 +43,7 @@ default_policy:""",
 ).replace("[default,", "[strict, default,")
 NOT_READY_SECONDS = 10
 ANSWER_SECONDS = 2
+STORM = 100
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "faults.json"
 
 FAULTS = {
@@ -366,15 +367,32 @@ def begin_at_both(server: Server, **options: int) -> dict[int, Caller]:
     return callers
 
 
+def tell_all(server: Server) -> None:
+    """Tell every process of a server to end, again and again, while there are any."""
+    for _ in range(STORM):
+        for number in find_processes(server):
+            for name in (signal.SIGTERM, signal.SIGINT):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, name)
+        time.sleep(0.02)
+
+
+ORDERS: dict[str, Callable[[Server], None]] = {
+    "SIGTERM": lambda server: server.process.terminate(),
+    "a storm of SIGTERM and SIGINT to every process": tell_all,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_server_that_is_told_to_end_leaves_nothing_and_nobody_waiting(
-    toy: Toy, faults: Faults, start_server: ServerFactory, ledger: Ledger
+    toy: Toy, faults: Faults, start_server: ServerFactory, ledger: Ledger, order: str
 ) -> None:
     server = start(toy, start_server, faults, "outage")
     calm = Caller(server, max_tokens=100).begin().end()
-    caller, seen, _ = break_down(server, faults, lambda _: server.process.terminate())
+    caller, seen, _ = break_down(server, faults, lambda _: ORDERS[order](server))
     assert calm.text.startswith(caller.text) or caller.text.startswith(calm.text)
     assert not caller.guard
-    ledger.enter("SIGTERM", client=caller.describe(), operator=seen)
+    ledger.enter(order, client=caller.describe(), operator=seen)
 
 
 def time_not_ready(server: Server) -> float:
