@@ -43,6 +43,7 @@ def test_everything_adds_up_afterwards(part: dict[str, Any]) -> None:
         (lambda p: p.update(cached_tokens=0), "never hit"),
         (lambda p: p["crowd"].pop("drill"), "a kind of client"),
         (lambda p: p["reloads"].update({"good 422": 1}), "reloads"),
+        (lambda p: p["memory"].update(rss_end_mb=2 * 2**20), "memory grew"),
     ],
 )
 def test_what_does_not_add_up_is_named(
