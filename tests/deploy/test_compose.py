@@ -113,6 +113,13 @@ def test_one_of_the_two_guards_runs_when_nothing_is_said(
     assert running == ["guard-cpu", "prometheus", "alertmanager", "grafana"]
 
 
+def test_both_guards_keep_an_audit_log_in_a_volume(services: dict[str, Any]) -> None:
+    for name in ("guard-cpu", "guard-gpu"):
+        (path,) = (one for one in services[name]["command"] if "--audit-log=" in one)
+        folder = str(Path(path.removeprefix("--audit-log=")).parent)
+        assert f"cache:{folder}" in services[name]["volumes"]
+
+
 def test_images_are_built_from_files_that_exist_or_are_of_one_version(
     services: dict[str, Any],
 ) -> None:

@@ -217,6 +217,14 @@ def test_files_that_arguments_name_are_mounted(
     assert guard["args"][at + 1] == f"{mounts['keys']['mountPath']}/{item['path']}"
 
 
+def test_the_audit_log_is_written_to_a_volume(objects: list[Object]) -> None:
+    guard = guard_of(objects)
+    (path,) = (one for one in guard["args"] if one.startswith("--audit-log="))
+    folder = str(Path(path.removeprefix("--audit-log=")).parent)
+    mounts = {one["mountPath"]: one for one in guard["volumeMounts"]}
+    assert not mounts[folder].get("readOnly")
+
+
 def test_secrets_are_referred_to_by_keys_that_they_have(
     objects: list[Object], secret: Object
 ) -> None:

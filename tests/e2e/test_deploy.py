@@ -59,13 +59,16 @@ def read_status(pod: Server) -> dict[str, Any]:
     return dict(httpx.get(f"{pod.url}/guard/status", headers=headers).json())
 
 
-def test_a_pod_serves_under_the_policy_of_its_config_map(pod: Server) -> None:
+def test_a_pod_serves_under_the_policy_of_its_config_map(
+    pod: Server, volumes: Volumes
+) -> None:
     answer = ask(pod)
     assert answer.status_code == 200, answer.text
     assert answer.json()["guard"]["policy"] == "default"
     assert answer.json()["guard"]["tokens_seen"] > 8
     assert ask(pod, None).status_code == 401
     assert ask(pod, "sk-of-nobody").status_code == 401
+    assert (volumes.folder / "cache" / "audit.jsonl").exists()
 
 
 def test_every_path_that_is_probed_or_scraped_is_served(
