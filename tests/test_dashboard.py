@@ -52,7 +52,38 @@ def test_every_query_asks_for_what_somebody_exposes() -> None:
     }
     own = {name for name in names if name.startswith("guard_")}
     assert own <= declared_names()
-    assert {n for n in names - own if not n.startswith("vllm:")} == {"up"}
+    assert {n for n in names - own if not n.startswith("vllm:")} == set()
+
+
+def test_servers_without_the_guard_are_counted_and_exporters_are_not(
+    promtool: str, tmp_path: Path
+) -> None:
+    (expression,) = (
+        e for title, e in list_targets(DASHBOARD) if title == "Servers without it"
+    )
+    series = [
+        'up{job="node", instance="n"}',
+        'up{job="vllm", instance="n"}',
+        'vllm:num_requests_running{job="vllm", instance="a", engine="0"}',
+        'guard_info{job="vllm", instance="a", version="1"}',
+        'vllm:num_requests_running{job="vllm", instance="b", engine="0"}',
+        'vllm:num_requests_running{job="vllm", instance="b", engine="1"}',
+    ]
+    asked = {"expr": fill_in(expression, window="1m"), "eval_time": "1m"}
+    case = {
+        "input_series": [{"series": one, "values": "1x5"} for one in series],
+        "promql_expr_test": [asked | {"exp_samples": [{"labels": "{}", "value": 1}]}],
+    }
+    (tmp_path / "test.yml").write_text(json.dumps({"tests": [case]}))
+    words = [promtool, "test", "rules", str(tmp_path / "test.yml")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_can_be_chosen_are_vllms_servers() -> None:
+    _, *variables = DASHBOARD["templating"]["list"]
+    for entry in variables:
+        assert entry["definition"].startswith("label_values(vllm:"), entry["name"]
 
 
 def test_every_metric_of_the_guard_has_a_place() -> None:

@@ -58,9 +58,11 @@ def at_a_glance() -> list[dict[str, Any]]:
         ),
         stat(
             "Servers without it",
-            "Servers that answer and have no guard (up without guard_info).",
-            'count(up{job=~"$job"} == 1 unless on (job, instance) guard_info)'
-            " or vector(0)",
+            "vLLM servers that answer and have no guard (vllm:num_requests_running without "
+            "guard_info).",
+            # A job may have others in it, which `up` would count.
+            'count(count by (job, instance) (vllm:num_requests_running{job=~"$job"})'
+            " unless on (job, instance) guard_info) or vector(0)",
             steps={0: GREEN, 1: RED},
         ),
         stat(
@@ -319,7 +321,7 @@ def build() -> dict[str, Any]:
         "templating": {
             "list": [
                 source | {"query": "prometheus", "refresh": 1},
-                variable("job", "Job", "label_values(up, job)"),
+                variable("job", "Job", "label_values(vllm:num_requests_running, job)"),
                 variable(
                     "model_name",
                     "Model",
