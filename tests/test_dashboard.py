@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from queries import declared_names, fill_in, list_targets, selected_names
 
+from guard.score import SCORES
+
 SCRIPT = Path(__file__).parents[1] / "deploy/grafana/build.py"
 DASHBOARD: dict[str, Any] = json.loads(SCRIPT.with_name("guard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
@@ -78,6 +80,13 @@ def test_servers_without_the_guard_are_counted_and_exporters_are_not(
     words = [promtool, "test", "rules", str(tmp_path / "test.yml")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_panels_about_the_sae_say_which_scores_fill_them() -> None:
+    scores = ", ".join(name for name, score in SCORES.items() if score.needs_sae)
+    said = f"decode the SAE: {scores}"
+    told = {panel["title"] for panel in PANELS if said in panel["description"]}
+    assert told == {"SAE error over the stream", "What clamps left"}
 
 
 def test_what_can_be_chosen_are_vllms_servers() -> None:

@@ -58,8 +58,8 @@ def at_a_glance() -> list[dict[str, Any]]:
         ),
         stat(
             "Servers without it",
-            "vLLM servers that answer and have no guard (vllm:num_requests_running without "
-            "guard_info).",
+            "vLLM servers that answer and have no guard (vllm:num_requests_running "
+            "without guard_info).",
             # A job may have others in it, which `up` would count.
             'count(count by (job, instance) (vllm:num_requests_running{job=~"$job"})'
             " unless on (job, instance) guard_info) or vector(0)",
@@ -183,15 +183,20 @@ def what_it_costs() -> list[dict[str, Any]]:
 def beside_the_scores() -> list[dict[str, Any]]:
     """Return what the SAE leaves unexplained, the clamp unclamped, and drift."""
     error, left = "guard_error_norm_ratio", "guard_clamp_residual_activation"
+    decoded = (
+        "Empty unless a monitor has one of the scores that decode the SAE: error_norm, "
+        "error, clamp_residual."
+    )
     return [
         series(
             "SAE error over the stream",
-            f"Largest of a request; no alarm by itself, it is nearly blind ({error}).",
+            f"Largest of a request; no alarm by itself, it is nearly blind ({error}). "
+            f"{decoded}",
             [(quantile(q, error), f"{q:.0%}") for q in (0.5, 0.99)],
         ),
         series(
             "What clamps left",
-            f"Activation of clamped latents, encoded again ({left}).",
+            f"Activation of clamped latents, encoded again ({left}). {decoded}",
             [(quantile(q, left), f"{q:.0%}") for q in (0.5, 0.99)],
         ),
         series(

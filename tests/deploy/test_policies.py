@@ -13,6 +13,7 @@ from guard.policy import load_policy
 
 POLICIES = ROOT / "deploy" / "policies"
 FILES = sorted(POLICIES.glob("*.yaml"))
+BASE = ROOT / "deploy" / "kubernetes" / "base" / "policy.yaml"
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
@@ -29,6 +30,14 @@ def test_an_example_passes_the_check(path: Path) -> None:
 
 def test_there_are_examples() -> None:
     assert [path.stem for path in FILES] == ["observe-first", "tenants"]
+
+
+@pytest.mark.parametrize("path", [*FILES, BASE], ids=lambda path: path.stem)
+def test_an_example_fills_the_panels_about_the_sae(path: Path) -> None:
+    policies = load_policy(path).policies.values()
+    monitors = [one for policy in policies for one in policy.monitors]
+    assert any(one.score == "error_norm" for one in monitors)
+    assert {one.on_alarm for one in monitors if one.score == "error_norm"} == {"flag"}
 
 
 def test_nothing_is_blocked_in_the_first_week() -> None:
