@@ -177,6 +177,12 @@ REFUSED: Mapping[str, Callable[[Any], object]] = {
         lambda _: _environment().VLLM_SERVER_DEV_MODE
     ),
     # What has no place for the guard, or none that has been proved.
+    "Ray (--distributed-executor-backend ray, --data-parallel-backend ray)": (
+        lambda config: (
+            config.parallel_config.use_ray
+            or config.parallel_config.data_parallel_backend == "ray"
+        )
+    ),
     "the Rust front end (VLLM_USE_RUST_FRONTEND)": (
         lambda _: _environment().VLLM_USE_RUST_FRONTEND
     ),

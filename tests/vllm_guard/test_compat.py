@@ -68,6 +68,10 @@ SET: dict[str, dict[str, Any]] = {
     "asynchronous scheduling of drafts": {"scheduler_config.async_scheduling": True},
     "encoder-decoder": {"model_config.is_encoder_decoder": True},
     "--enable-sleep-mode": {"model_config.enable_sleep_mode": True},
+    "--distributed-executor-backend ray": {
+        "parallel_config.distributed_executor_backend": "ray"
+    },
+    "--data-parallel-backend ray": {"parallel_config.data_parallel_backend": "ray"},
 }
 """The same for what a CPU refuses to build: set on a real configuration."""
 
