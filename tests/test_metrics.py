@@ -1,5 +1,7 @@
 import math
+import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,8 +9,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from guard.metrics import Metrics
+from guard.policy import load_policy
 from guard.verdict import Alarm, Verdict
 
+ROOT = Path(__file__).parents[1]
 AT = "layers.12.resid_post"
 
 
@@ -261,6 +265,17 @@ def test_readiness_age_and_the_audit_log_are_shown(metrics, registry):
     assert [read("audit_events_total", result=r) for r in results] == [0, 1, 0]
 
 
+def test_the_page_on_scale_says_of_every_gauge_what_stands_for_a_sum(
+    metrics, registry
+) -> None:
+    page = (ROOT / "docs" / "scale.md").read_text()
+    table = page.split("What does not add up:")[1].split("\n\n")[1]
+    gauges = {f.name for f in registry.collect() if f.type == "gauge"}
+    # Those of several servers do add up.
+    gauges.remove("guard_open_requests")
+    assert set(re.findall("`(guard_[a-z_]+)`", table)) == gauges
+
+
 def test_a_replica_has_as_many_series_as_the_page_on_scale_says() -> None:
     """Or a person who plans for them plans wrongly."""
 
@@ -293,3 +308,17 @@ def test_a_replica_has_as_many_series_as_the_page_on_scale_says() -> None:
     assert count(1, 0, 1) - bare == 2
     assert bare - 7 < 120
     assert count(4, 9, 4) < 1000
+
+
+def test_the_page_on_scale_counts_series_and_bytes_of_the_organism(registry) -> None:
+    policy_file = load_policy(ROOT / "guard/demo/organism/policy.yaml")
+    Metrics(
+        policy_file,
+        fingerprints=dict.fromkeys(policy_file.policies, "f" * 64),
+        digests=dict.fromkeys(policy_file.saes, "d" * 64),
+        registry=registry,
+    )
+    text = generate_latest(registry)
+    series = [line for line in text.splitlines() if not line.startswith(b"#")]
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert f"That is {len(series)} and {len(text) // 1000} kB a scrape" in page
