@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pages import list_blocks
 from queries import declared_names, selected_names
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +79,19 @@ def test_an_alert_says_what_to_do_and_has_a_section_in_the_runbook(name: str) ->
     section = RUNBOOK.read_text().split(f"\n## {name}\n")[1].split("\n## ")[0]
     for part in ("**Means:**", "**Look at:**", "**Do:**"):
         assert part in section
+
+
+def test_one_line_leads_to_the_runbook_where_it_can_be_read(tmp_path: Path) -> None:
+    (block,) = (one for one in list_blocks("sh") if "runbook_url" in one.text)
+    files = re.findall(r"deploy/\S+", block.text)
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text((ROOT / file).read_text())
+    subprocess.run(["bash", "-ec", block.text], cwd=tmp_path, check=True)
+    for file in files:
+        urls = re.findall("runbook_url: (.*)", (tmp_path / file).read_text())
+        assert len(urls) == len(ALERTS)
+        assert all(re.fullmatch("https://.+/docs/runbook.md#.+", url) for url in urls)
 
 
 def test_the_runbook_has_no_section_without_an_alert() -> None:

@@ -38,21 +38,22 @@ def render(folder: Path) -> list[Object]:
             | {"data": data}
         )
     for image in found.get("images", ()):
-        set_tag(objects, image["name"], image["newTag"])
+        set_image(objects, image)
     for patch in found.get("patches", ()):
         apply_patch(objects, patch)
     return objects
 
 
-def set_tag(objects: list[Object], name: str, tag: str) -> None:
-    """Give every container of an image another tag."""
+def set_image(objects: list[Object], image: Object) -> None:
+    """Give every container of an image another tag, and where told another name."""
     for container in containers_of(objects):
-        if container["image"].startswith(f"{name}:"):
-            container["image"] = f"{name}:{tag}"
+        if container["image"].startswith(f"{image['name']}:"):
+            name = image.get("newName", image["name"])
+            container["image"] = f"{name}:{image['newTag']}"
 
 
 def apply_patch(objects: list[Object], patch: Object) -> None:
-    """Apply a JSON patch (RFC 6902) of operations test, add and replace."""
+    """Apply a JSON patch (RFC 6902) of operations test, add, replace and remove."""
     target = patch["target"]
     (found,) = (
         one
@@ -64,12 +65,20 @@ def apply_patch(objects: list[Object], patch: Object) -> None:
         at: Any = found
         for word in above:
             at = at[int(word) if isinstance(at, list) else word]
-        assert isinstance(at, dict)
-        assert (last in at) != (step["op"] == "add"), step["path"]
-        if step["op"] == "test":
-            assert at[last] == step["value"]
-        else:
-            at[last] = step["value"]
+        key: Any = int(last) if isinstance(at, list) else last
+        match step["op"]:
+            case "test":
+                assert at[key] == step["value"], step["path"]
+            case "remove":
+                del at[key]
+            case "replace":
+                assert at[key] is not None, step["path"]
+                at[key] = step["value"]
+            case "add":
+                assert key not in at, step["path"]
+                at[key] = step["value"]
+            case other:
+                raise AssertionError(other)
 
 
 def read_kustomization(folder: Path) -> Object:

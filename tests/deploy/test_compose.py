@@ -113,6 +113,14 @@ def test_one_of_the_two_guards_runs_when_nothing_is_said(
     assert running == ["guard-cpu", "prometheus", "alertmanager", "grafana"]
 
 
+def test_secrets_come_from_the_environment(services: dict[str, Any]) -> None:
+    for name in ("guard-cpu", "guard-gpu"):
+        environment = services[name]["environment"]
+        assert environment["HF_TOKEN"] is None  # passed on where it is set
+        for secret in ("GUARD_ADMIN_TOKEN", "VLLM_API_KEY"):
+            assert environment[secret] == f"${{{secret}:-}}"
+
+
 def test_both_guards_keep_an_audit_log_in_a_volume(services: dict[str, Any]) -> None:
     for name in ("guard-cpu", "guard-gpu"):
         (path,) = (one for one in services[name]["command"] if "--audit-log=" in one)

@@ -29,7 +29,7 @@ from guard.demo import __path__ as demo_path
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 FOLDERS = ("compose", "kubernetes", "policies", "grafana/kustomization.yaml")
-OTHERS = {"kustomization.yaml", "policy.yaml", "secret.example.yaml"}
+OTHERS = {"kustomization.yaml", "policy.yaml", "secret.example.yaml", "loader.yaml"}
 """Files that are no resource."""
 
 
@@ -303,7 +303,12 @@ def test_on_a_gpu_the_service_differs_in_image_and_resources(deploy: Path) -> No
     cpu, gpu = (
         guard_of(render(deploy / "kubernetes" / name)) for name in ("service", "gpu")
     )
-    assert {key for key in cpu if cpu[key] != gpu[key]} == {"image", "resources"}
+    changed = {key for key in cpu if cpu[key] != gpu[key]}
+    assert changed == {"image", "resources", "args", "env"}
+    # What is for the organism, and for a CPU, is gone.
+    assert [one for one in cpu["args"] if one not in gpu["args"]] == ["--dtype=float32"]
+    gone = [one["name"] for one in cpu["env"] if one not in gpu["env"]]
+    assert gone == ["VLLM_CPU_KVCACHE_SPACE"]
     assert gpu["image"] == "vllm-guard:gpu"
     assert gpu["resources"]["limits"]["nvidia.com/gpu"] == "1"
     composition = yaml.safe_load((ROOT / "deploy/compose/compose.yaml").read_text())
@@ -313,6 +318,31 @@ def test_on_a_gpu_the_service_differs_in_image_and_resources(deploy: Path) -> No
         if "build" in service
     }
     assert built == {cpu["image"]: "Dockerfile.cpu", gpu["image"]: "Dockerfile"}
+
+
+def test_a_kustomization_of_ones_own_names_the_image_and_changes_nothing_else(
+    deploy: Path,
+) -> None:
+    folder = deploy / "kubernetes"
+    own, service = (guard_of(render(folder / name)) for name in ("example", "service"))
+    assert own == service | {"image": "registry.example.org/vllm-guard:1.0"}
+
+
+def test_a_loader_writes_what_the_guard_may_only_read(
+    deploy: Path, validate: Callable[[list[Object]], str]
+) -> None:
+    (loader,) = read_objects(KUBERNETES / "base" / "loader.yaml")
+    assert validate([loader]) == ""
+    pod = pod_of(render(deploy / "kubernetes" / "service"))
+    assert loader["spec"]["securityContext"] == pod["securityContext"]
+    (own,) = loader["spec"]["volumes"]
+    (models,) = (one for one in pod["volumes"] if one["name"] == "models")
+    claim = models["persistentVolumeClaim"]
+    assert own["persistentVolumeClaim"] == {"claimName": claim["claimName"]}
+    (container,), (guard,) = loader["spec"]["containers"], pod["containers"]
+    assert container["securityContext"] == guard["securityContext"]
+    (mount,) = container["volumeMounts"]
+    assert mount | {"readOnly": True} in guard["volumeMounts"]
 
 
 def test_the_policy_of_the_config_map_passes_the_check(
