@@ -10,7 +10,10 @@ import pytest
 from guard.policy import load_policy
 
 ROOT = Path(__file__).parents[1]
-UNLISTED = {".gitignore", "__init__.py", "__main__.py", "py.typed"}
+UNLISTED = {
+    *(".dockerignore", ".gitignore"),
+    *("__init__.py", "__main__.py", "py.typed"),
+}
 """Names that say nothing a reader of the tree would look for."""
 
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/threat-model.md", "docs/deploy.md"]

