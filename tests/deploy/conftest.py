@@ -1,11 +1,15 @@
 """Tools that judge what is deployed."""
 
+import inspect
 import subprocess
 from collections.abc import Callable
 
 import pytest
 from tools import find_tool
+from vllm_guard.pulse import Pulse
 
+ASK_SECONDS: float = inspect.signature(Pulse).parameters["ask_seconds"].default
+"""Between two questions of a server to its engines."""
 Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from deploy.conftest import Tool
+from deploy.conftest import ASK_SECONDS, Tool
 from deploy.dockerfile import FOLDER, ROOT
 from deploy.manifest import copy_deploy
 
@@ -111,6 +111,14 @@ def test_one_of_the_two_guards_runs_when_nothing_is_said(
     )
     running = [n for n, s in services.items() if line in s.get("profiles", [line])]
     assert running == ["guard-cpu", "prometheus", "alertmanager", "grafana"]
+
+
+def test_a_health_check_asks_no_more_often_than_the_server_itself(
+    services: dict[str, Any],
+) -> None:
+    for name in ("guard-cpu", "guard-gpu"):
+        interval = services[name]["healthcheck"]["interval"]
+        assert float(interval.removesuffix("s")) >= ASK_SECONDS
 
 
 def test_secrets_come_from_the_environment(services: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from deploy.conftest import Tool
+from deploy.conftest import ASK_SECONDS, Tool
 from deploy.dockerfile import FOLDER, ROOT, find, read_environment, read_stages
 from deploy.manifest import (
     VARIANTS,
@@ -166,6 +166,14 @@ def test_the_guard_is_asked_whether_it_is_ready(objects: list[Object]) -> None:
         "livenessProbe": "/health",  # vLLM's; the end-to-end test asks for it
     }
     assert paths["startupProbe"] in routes
+
+
+def test_a_probe_asks_no_more_often_than_the_server_itself(
+    objects: list[Object],
+) -> None:
+    """Each question keeps a worker busy; before it has started nobody is kept."""
+    probe = guard_of(objects)["readinessProbe"]
+    assert probe["periodSeconds"] >= ASK_SECONDS
 
 
 def list_variables() -> Iterator[str]:
