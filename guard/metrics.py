@@ -351,7 +351,7 @@ class Metrics:
 
         self._drift = Gauge(
             "guard_drift_log_evalue",
-            "Log e-value that scores are not like the calibration's; drift above 6.9.",
+            "Log e-value that scores are not like the calibration's (docs/drift.md).",
             ["policy", "monitor"],
             multiprocess_mode="livemax",
             registry=registry,

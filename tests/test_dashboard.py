@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from queries import declared_names, fill_in, list_targets, selected_names
 
 from guard.score import SCORES
 
-SCRIPT = Path(__file__).parents[1] / "deploy/grafana/build.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "deploy/grafana/build.py"
 DASHBOARD: dict[str, Any] = json.loads(SCRIPT.with_name("guard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
@@ -87,6 +89,21 @@ def test_panels_about_the_sae_say_which_scores_fill_them() -> None:
     said = f"decode the SAE: {scores}"
     told = {panel["title"] for panel in PANELS if said in panel["description"]}
     assert told == {"SAE error over the stream", "What clamps left"}
+
+
+def test_only_the_curve_that_goes_below_zero_may() -> None:
+    curves = [panel for panel in PANELS if panel["type"] == "timeseries"]
+    free = [p["title"] for p in curves if "min" not in p["fieldConfig"]["defaults"]]
+    assert free == ["Drift from the calibration"]
+
+
+def test_the_line_of_drift_is_that_of_the_alert_and_of_its_page() -> None:
+    (panel,) = (p for p in PANELS if p["title"] == "Drift from the calibration")
+    line = panel["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]["value"]
+    rules = (ROOT / "deploy/prometheus/rules.yml").read_text()
+    assert f"(guard_drift_log_evalue) > {line:g}\n" in rules
+    page = (ROOT / "docs/drift.md").read_text()
+    assert f"have theirs at {line:g}: that is enough for {exp(line) / 1000:.0f}" in page
 
 
 def test_what_can_be_chosen_are_vllms_servers() -> None:

@@ -211,6 +211,7 @@ def beside_the_scores() -> list[dict[str, Any]]:
                 )
             ],
             line=10.0,
+            least=None,
         ),
     ]
 

@@ -67,6 +67,7 @@ def series(
     stacked: bool = False,
     colors: Mapping[str, str] | None = None,
     line: float | None = None,
+    least: float | None = 0,
 ) -> dict[str, Any]:
     """Return curves over time.
 
@@ -78,6 +79,7 @@ def series(
         stacked: Whether they add up.
         colors: Of curves, by legend.
         line: Where a threshold is drawn.
+        least: Where the axis begins; None for curves that go below 0.
     """
     custom: dict[str, Any] = {
         "lineWidth": 1,
@@ -88,7 +90,7 @@ def series(
     }
     defaults: dict[str, Any] = {
         "unit": unit,
-        "min": 0,
+        **({} if least is None else {"min": least}),
         "color": {"mode": "palette-classic"},
         "custom": custom,
     }
