@@ -66,3 +66,5 @@ def test_an_example_does_what_it_says(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()
+    if promised := re.findall(r"^print\(.+\)  # (.+)$", block.text, re.M):
+        assert done.stdout.splitlines() == promised
