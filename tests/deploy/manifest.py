@@ -71,11 +71,9 @@ def apply_patch(objects: list[Object], patch: Object) -> None:
                 assert at[key] == step["value"], step["path"]
             case "remove":
                 del at[key]
-            case "replace":
-                assert at[key] is not None, step["path"]
-                at[key] = step["value"]
-            case "add":
-                assert key not in at, step["path"]
+            case "replace" | "add" as op:
+                assert isinstance(at, dict)
+                assert (key in at) == (op == "replace"), step["path"]
                 at[key] = step["value"]
             case other:
                 raise AssertionError(other)
