@@ -59,6 +59,9 @@ class Admission:
 class Desk(Protocol):
     """What the middleware asks about a request."""
 
+    admin: AdminToken
+    """Who may ask for drills and reloads."""
+
     def lets_in(self, authorization: str | None) -> bool:
         """Whether the server accepts the key in the `Authorization` header."""
 

@@ -132,6 +132,36 @@ async def test_an_unknown_key_is_401_before_anything_of_the_guard_speaks(
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("route", ["GET status", "GET drills", "POST reload"])
+@pytest.mark.parametrize(
+    ("shown", "status"), [(TOKEN, 404), (TOKEN[:-1], 401), ("", 401), (None, 401)]
+)
+async def test_the_token_alone_opens_the_guards_own_routes(
+    keyed: PolicyDesk,
+    client: httpx.AsyncClient,
+    route: str,
+    shown: str | None,
+    status: int,
+) -> None:
+    """404: whatever is behind the guard here has no such route."""
+    keyed.admin = AdminToken(TOKEN)
+    headers = {} if shown is None else {"x-guard-admin-token": shown}
+    method, _, name = route.partition(" ")
+    answer = await client.request(method, f"/guard/{name}", headers=headers)
+    assert answer.status_code == status
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", ROUTES[:4])
+async def test_the_token_opens_nothing_of_the_model(
+    keyed: PolicyDesk, client: httpx.AsyncClient, path: str
+) -> None:
+    keyed.admin = AdminToken(TOKEN)
+    answer = await client.post(path, headers={"x-guard-admin-token": TOKEN}, json={})
+    assert answer.status_code == 401
+
+
+@pytest.mark.anyio
 async def test_a_tenants_request_says_under_which_policy_it_ran(
     keyed: PolicyDesk, client: httpx.AsyncClient
 ) -> None:
