@@ -4,6 +4,9 @@ vLLM logs and swallows an exception while it imports a plugin, but one raised in
 `register()` stops the start. So every import happens there.
 """
 
+import os
+import signal
+import threading
 from typing import Any, Literal
 
 __all__ = ["endpoint", "register", "sampling_args"]
@@ -22,6 +25,7 @@ def register() -> None:
     with context.reporting():
         if context.enter():
             context.keep_warnings()
+            _outlive_hangups()
             from vllm_guard import (
                 admission,
                 engine,
@@ -36,6 +40,20 @@ def register() -> None:
             runners = (runner_v1, runner_v2)
             for part in (hook, *runners, admission, prefix, engine, outputs, reload):
                 part.install()
+
+
+def _outlive_hangups() -> None:
+    """Keep a SIGHUP to the group of `guard serve` from ending what serves.
+
+    It means a reload there, and an engine core or a worker has no handler for it. The
+    coordinator of vLLM's data parallelism loads no plugin, and is not kept.
+    """
+    from vllm_guard import context
+
+    is_main = threading.current_thread() is threading.main_thread()
+    would_end = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    if context.SERVE_VARIABLE in os.environ and is_main and would_end:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def endpoint() -> Any:

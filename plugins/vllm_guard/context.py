@@ -44,6 +44,7 @@ __all__ = [
     "FAULT_VARIABLE",
     "POLICY_VARIABLE",
     "RECORD_VARIABLE",
+    "SERVE_VARIABLE",
     "WATCH_VARIABLE",
     "Context",
     "cache_salt",
@@ -66,6 +67,8 @@ FINGERPRINT_VARIABLE = "GUARD_FINGERPRINT"
 """Fingerprint of the policy file as the first process read it."""
 RECORD_VARIABLE = "GUARD_RECORD"
 """Set where monitors are not run but what they would see is recorded."""
+SERVE_VARIABLE = "GUARD_SERVE"
+"""Set under `guard serve`, where a hangup means a reload and ends no process."""
 WATCH_VARIABLE = "GUARD_WATCH"
 """Set where the policy file is watched, and reloaded when it changes."""
 AUDIT_VARIABLE = "GUARD_AUDIT_LOG"

@@ -7,6 +7,7 @@ a mistake is one line within seconds and not a stack trace after minutes.
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Sequence
@@ -111,6 +112,7 @@ def _set_environment(policy: Path, *, watch: bool, audit_log: Path | None) -> No
     context.reset()
     # A link stays one: what it leads to may be another file at the next reload.
     os.environ[context.POLICY_VARIABLE] = str(policy.absolute())
+    os.environ[context.SERVE_VARIABLE] = "1"
     os.environ.pop(context.WATCH_VARIABLE, None)
     if watch:
         os.environ[context.WATCH_VARIABLE] = "1"
@@ -205,9 +207,22 @@ def _pass_on(number: int, _frame: object) -> None:
     """Let one API server reload, where this process is none and only starts several.
 
     Where it is the API server itself, that has a handler of its own once it is up;
-    until then there is nothing to reload.
+    until then there is nothing to reload, and one that is started would be killed.
     """
-    for child in multiprocessing.active_children():
-        if child.name.startswith("ApiServer") and child.pid is not None:
-            os.kill(child.pid, number)
-            return
+    servers = [
+        child.pid
+        for child in multiprocessing.active_children()
+        if child.name.startswith("ApiServer") and child.pid is not None
+    ]
+    if ready := [process for process in servers if _catches(process, number)]:
+        os.kill(ready[0], number)
+
+
+def _catches(process: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, as Linux says."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except OSError:  # it is gone
+        return False
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
