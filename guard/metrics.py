@@ -38,8 +38,9 @@ UnscoredReason = Literal["no_reading", "no_score", "not_finite"]
 """The step brought no reading; the token's cached score was not there; or the model
 computed nothing that could be scored."""
 
-ReloadResult = Literal["success", "refused"]
-"""Whether a reload brought what it should, or left everything as it was."""
+ReloadResult = Literal["success", "refused", "busy", "unanswered"]
+"""Whether a reload brought what it should, or was refused for what it brought; had to
+wait for requests of the last but one, or for an engine that did not answer."""
 
 AuditResult = Literal["written", "dropped", "failed"]
 """Whether an event is in the audit log, found its queue full, or the disk."""
@@ -122,7 +123,8 @@ class Metrics:
     def count_reload(self, result: ReloadResult) -> None:
         """Count a reload that somebody asked this process for."""
         self._reloads.labels(result).inc()
-        self._reload_successful.set(result == "success")
+        if result != "busy":  # it says nothing of the file
+            self._reload_successful.set(result == "success")
         if result == "success":
             self._reload_time.set_to_current_time()
 

@@ -247,6 +247,12 @@ def test_reloads_are_counted_by_what_became_of_them(metrics, registry):
     assert (read("success"), read("refused"), last()) == (0, 1, 0)
     metrics.count_reload("success")
     assert (read("success"), read("refused"), last()) == (1, 1, 1)
+    metrics.count_reload("busy")
+    assert (read("busy"), read("refused"), last()) == (1, 1, 1)
+    metrics.count_reload("unanswered")
+    assert (read("unanswered"), last()) == (1, 0)
+    metrics.count_reload("busy")
+    assert last() == 0
     at = "guard_policy_last_reload_success_timestamp_seconds"
     assert abs(registry.get_sample_value(at) - time.time()) < 60
 

@@ -66,7 +66,7 @@ class ReloadBook:
     since: float = 0.0
     """Monotonic time at which it was."""
     notice: str = ""
-    """`_write_notice` of the current generation, for API servers that have not seen it;
+    """`write_notice` of the current generation, for API servers that have not seen it;
     empty before the first reload."""
     followers: dict[int, _Follower] = field(default_factory=dict)
     """API servers by rank."""
@@ -130,6 +130,8 @@ def _stage(core: Any, fields: Any) -> dict[str, str]:
     book.owner, book.since = offer.owner, time.monotonic()
     try:
         state.staged = read_offer(offer)
+        # For as long as it takes: vLLM's executor would take the answer of a rank that
+        # is late for that to its next call.
         answers = core.model_executor.collective_rpc(
             "guard_stage", args=(tuple(offer),)
         )
@@ -164,8 +166,14 @@ def _find_busy(core: Any, offer: Offer) -> str:
     return ""
 
 
-def _commit(core: Any, owner: str) -> None:
-    """Let requests that come from now on run under what was staged."""
+def _commit(core: Any, owner: str, notice: str) -> None:
+    """Let requests that come from now on run under what was staged.
+
+    Args:
+        core: The engine core.
+        owner: Whose attempt it is.
+        notice: What `write_notice` says of it.
+    """
     state, book = context.get(), _book()
     if book.owner != owner or state.staged is None:
         message = "Nothing of this reload is staged; expected to commit it at once."
@@ -173,7 +181,7 @@ def _commit(core: Any, owner: str) -> None:
     staged = state.staged
     core.model_executor.collective_rpc("guard_commit", args=(staged.number,))
     _make_current(staged.number)
-    book.owner = ""
+    book.owner, book.notice = "", notice
 
 
 def _abandon(core: Any, owner: str) -> None:
@@ -206,11 +214,9 @@ def _follow(_core: Any, rank: int, seen: int, oldest: int) -> dict[str, Any]:
     }
 
 
-def _note(_core: Any, outcome: str, notice: str) -> None:
+def _note(_core: Any, outcome: str) -> None:
     """Keep what became of a reload, for every API server to tell."""
-    book = _book()
-    book.outcome = outcome
-    book.notice = notice or book.notice
+    _book().outcome = outcome
 
 
 def _book() -> ReloadBook:

@@ -17,17 +17,19 @@ from argparse import Namespace
 from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from guard.errors import GuardError
 from guard.generation import Generation, load_generation
 from guard.http.keys import KeyRing
+from guard.metrics import ReloadResult
 from guard.policy import PolicyFile, parse_policy, read_policy
 from vllm_guard import context
 from vllm_guard.lookout import Lookout
+from vllm_guard.question import answer_seconds, ask, await_answer
 from vllm_guard.reload import Offer, adopt, write_notice
 
-__all__ = ["WAIT_SECONDS", "Outcome", "Rollout", "await_answer", "read_keys"]
+__all__ = ["WAIT_SECONDS", "Outcome", "Rollout", "read_keys"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +40,23 @@ _WATCH_SECONDS = 1.0
 _RETRY_SECONDS = 0.05
 _FOLLOWED_SECONDS = 10.0
 """How long an answer waits for the other API servers."""
-_PAUSE_SECONDS = 0.1
-
-Result = Literal["success", "refused", "busy"]
-"""`busy` is a refusal that has nothing to do with the file: later it may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a reload."""
 
-    result: Result
+    result: ReloadResult
     generation: int
     """That new requests run under."""
     fingerprint: str
     """Of its policy file."""
     reason: str | None = None
-    """Why it was refused, in one line."""
+    """Why the policies stay, in one line."""
     at: float = 0.0
     """Unix time in seconds."""
+    followed: bool = True
+    """Whether every API server is known to let requests in under it."""
 
 
 class _BusyError(Exception):
@@ -71,31 +71,6 @@ def read_keys(args: Namespace, policy_file: PolicyFile) -> KeyRing:
     """
     given = args.api_key or [os.environ.get("VLLM_API_KEY")]
     return KeyRing(policy_file.tenants, accepted=[key for key in given if key])
-
-
-async def await_answer(
-    client: Any, question: asyncio.Future[Any], *, seconds: float = math.inf
-) -> Any:
-    """Return what engines answer, or do not wait for it any longer.
-
-    vLLM never answers for an engine that died; whoever waited for it would keep the
-    server, which waits for every request, from ending.
-
-    Args:
-        client: vLLM's engine client.
-        question: A call on its way to them; left alone where it is not answered.
-        seconds: How long they may take.
-
-    Raises:
-        TimeoutError: They are dead, or did not answer in time.
-    """
-    deadline = time.monotonic() + seconds
-    while not question.done():
-        if getattr(client, "errored", False) or time.monotonic() > deadline:
-            message = "The engines are dead, or did not answer in time."
-            raise TimeoutError(message)
-        await asyncio.wait({question}, timeout=_PAUSE_SECONDS)
-    return question.result()
 
 
 class Rollout:
@@ -113,6 +88,8 @@ class Rollout:
         self._rank = max(client.vllm_config.parallel_config._api_process_rank, 0)
         self._path = Path(os.environ[context.POLICY_VARIABLE])
         self._lock = asyncio.Lock()
+        self._hangup = asyncio.Event()
+        self._question: asyncio.Future[None] | None = None
         self._slowest = 1
         self._tasks: set[asyncio.Task[None]] = set()
         self.last: dict[str, Any] | None = None
@@ -121,53 +98,61 @@ class Rollout:
     def start(self) -> None:
         """Follow the engines, and reload on SIGHUP and where the file is watched."""
         self._spawn(self._keep_following())
+        self._spawn(self._heed_hangups())
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(
-            signal.SIGHUP, lambda: self._spawn(self._reload_at_last("SIGHUP"))
-        )
+        loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
         if os.environ.get(context.WATCH_VARIABLE) and self._rank == 0:
             self._spawn(self._watch())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)  # the loop itself keeps no reference
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def reload(self, *, wait: float = WAIT_SECONDS) -> Outcome:
         """Bring the policy file as it is now to every rank of every engine, or to none.
+
+        An engine that hangs is waited for as long as it may take to answer, and not at
+        all for good.
 
         Args:
             wait: Seconds to wait for requests that began before the last reload.
         """
         deadline = time.monotonic() + wait
-        board = context.get_board()
-        result: Result = "success"
-        notice, reason = "", None
         try:
             async with asyncio.timeout(wait):
                 await self._lock.acquire()
         except TimeoutError:
-            return self._tell("busy", "another reload is under way")
+            return self._conclude("busy", "another reload is under way")
+        result: ReloadResult = "success"
+        reason = None
         try:
-            await self.follow()
-            notice = await self._bring(deadline)
+            await self.follow(seconds=answer_seconds())
+            await self._bring(deadline)
         except _BusyError as error:
             result, reason = "busy", str(error)
         except GuardError as error:
             result, reason = "refused", str(error)
+        except TimeoutError as error:
+            result, reason = "unanswered", str(error)
         except Exception as error:  # vLLM raises bare Exceptions for a failed call
             logger.exception("An engine did not answer for a reload.")
-            result, reason = "refused", f"an engine did not answer: {error}"
+            result, reason = "unanswered", f"an engine did not answer: {error}"
         finally:
             self._lock.release()
-        board.metrics.count_reload("success" if result == "success" else "refused")
-        outcome = self._tell(result, reason)
-        await self._call("guard_note", json.dumps(asdict(outcome)), notice)
-        if notice:
-            await self._wait_for_followers()
+        outcome = self._conclude(result, reason)
+        if result == "success":
+            outcome = replace(outcome, followed=await self._wait_for_followers())
+        self.last = asdict(outcome)
+        note = self._spawn(self._tell("guard_note", json.dumps(self.last)))
+        if result != "unanswered":  # nor will it be now
+            await note
         return outcome
 
-    def _tell(self, result: Result, reason: str | None) -> Outcome:
+    def _conclude(self, result: ReloadResult, reason: str | None) -> Outcome:
+        """Count what became of a reload, and log why the policies stay."""
+        context.get_board().metrics.count_reload(result)
         current = context.get().current
         if reason is not None:
             reason = " ".join(reason.split())
@@ -175,20 +160,25 @@ class Rollout:
         number, fingerprint = current.number, current.fingerprint
         return Outcome(result, number, fingerprint, reason, time.time())
 
-    async def _bring(self, deadline: float) -> str:
-        """Check, stage and commit.
+    async def _tell(self, method: str, *args: Any) -> None:
+        """Tell every engine something; one that hangs hears of it when it answers."""
+        try:
+            await ask(self._client, method, *args, seconds=answer_seconds())
+        except Exception as error:  # vLLM raises bare Exceptions for a failed call
+            logger.warning("Not every engine has answered %s: %s", method, error)
 
-        Returns:
-            What other API servers must know; empty where nothing had changed.
+    async def _bring(self, deadline: float) -> None:
+        """Check, stage and commit; where nothing has changed, do nothing.
 
         Raises:
             GuardError: The file is refused, by whichever process.
+            TimeoutError: An engine did not answer.
         """
         state = context.get()
         # Not in the loop that streams tokens: statistics are read and checked.
         content, generation = await asyncio.to_thread(self._load, state.current.number)
         if generation.fingerprint == state.current.fingerprint:
-            return ""
+            return
         keys = read_keys(self._args, generation.policy_file)
         offer = Offer(
             owner=uuid.uuid4().hex,
@@ -198,10 +188,8 @@ class Rollout:
             fingerprint=generation.fingerprint,
         )
         await self._stage(offer, deadline)
-        notice = write_notice(generation, offer)
-        await self._call("guard_commit", offer.owner)
+        await self._commit(offer, write_notice(generation, offer))
         self._show(generation, keys)
-        return notice
 
     def _load(self, current: int) -> tuple[bytes, Generation]:
         content = read_policy(self._path)
@@ -214,20 +202,54 @@ class Rollout:
 
         Raises:
             GuardError: One of them refuses it.
+            TimeoutError: One of them did not answer.
         """
         while True:
-            answers = await self._call("guard_stage", tuple(offer))
-            errors = [answer["error"] for answer in answers if "error" in answer]
-            busy = [answer["busy"] for answer in answers if "busy" in answer]
+            errors, busy = await self._offer(offer, deadline)
             if not errors and not busy:
                 return
-            await self._call("guard_abandon", offer.owner)
+            await self._tell("guard_abandon", offer.owner)
             if errors:
                 raise GuardError(errors[0])
             if time.monotonic() > deadline:
                 raise _BusyError(busy[0])
             await asyncio.sleep(_RETRY_SECONDS)
-            await self.follow()
+            await self.follow(seconds=answer_seconds())
+
+    async def _offer(
+        self, offer: Offer, deadline: float
+    ) -> tuple[list[str], list[str]]:
+        """Return why engines refuse an offer, and why they cannot stage it yet."""
+        # No longer, or those that have staged it take it for abandoned.
+        seconds = min(deadline - time.monotonic(), WAIT_SECONDS)
+        seconds = max(seconds, answer_seconds())
+        try:
+            answers = await ask(
+                self._client, "guard_stage", tuple(offer), seconds=seconds
+            )
+        except Exception as error:
+            await self._tell("guard_abandon", offer.owner)
+            message = f"{error}; what it still stages it lets go of"
+            raise TimeoutError(message) from error
+        errors = [answer["error"] for answer in answers if "error" in answer]
+        return errors, [answer["busy"] for answer in answers if "busy" in answer]
+
+    async def _commit(self, offer: Offer, notice: str) -> None:
+        """Have every engine make current what all have staged.
+
+        Raises:
+            TimeoutError: One of them did not say that it has; `follow` sees when it
+                does.
+        """
+        call = "guard_commit", offer.owner, notice
+        try:
+            await ask(self._client, *call, seconds=answer_seconds())
+        except Exception as error:
+            message = (
+                f"{error}; all have staged the new ones, which are in force once every "
+                "engine says so"
+            )
+            raise TimeoutError(message) from error
 
     def _show(self, generation: Generation, keys: KeyRing) -> None:
         """Let requests in under a generation that every engine has made current."""
@@ -239,16 +261,29 @@ class Rollout:
         state.current = replace(generation, calibrations={})
         context.get_board().show(generation, keys=keys)
 
-    async def follow(self) -> None:
-        """Tell every engine how far this API server is, and catch up with them."""
+    async def follow(self, *, seconds: float = math.inf) -> None:
+        """Tell every engine how far this API server is, and catch up with them.
+
+        One question at a time, which all who ask meanwhile share.
+
+        Args:
+            seconds: How long they may take.
+
+        Raises:
+            TimeoutError: They are dead, or did not answer in time.
+        """
+        if self._question is None or self._question.done():
+            self._question = asyncio.ensure_future(self._follow())
+        await await_answer(self._client, self._question, seconds=seconds)
+
+    async def _follow(self) -> None:
         state, board = context.get(), context.get_board()
-        oldest = board.desk.oldest_generation
-        answers = await self._call(
-            "guard_follow", self._rank, state.current.number, oldest
-        )
+        told = self._rank, state.current.number, board.desk.oldest_generation
+        answers = await ask(self._client, "guard_follow", *told)
         self._slowest = min(answer["slowest"] for answer in answers)
-        told = [json.loads(a["outcome"]) for a in answers if a["outcome"]]
-        self.last = max(told, key=lambda outcome: outcome["at"], default=None)
+        outcomes = [json.loads(a["outcome"]) for a in answers if a["outcome"]]
+        outcomes += [self.last] if self.last else []
+        self.last = max(outcomes, key=lambda outcome: outcome["at"], default=None)
         # Until the last engine has committed, the others do not count.
         slowest = min(answers, key=lambda answer: answer["generation"])
         if slowest["generation"] > state.current.number and slowest["notice"]:
@@ -267,14 +302,24 @@ class Rollout:
                 )
             await asyncio.sleep(_FOLLOW_SECONDS)
 
-    async def _wait_for_followers(self) -> None:
-        """Wait until every API server lets requests in under the new generation."""
+    async def _wait_for_followers(self) -> bool:
+        """Wait until every API server lets requests in under the new generation.
+
+        Returns:
+            Whether they do; one that is late follows by itself.
+        """
         number = context.get().current.number
         deadline = time.monotonic() + _FOLLOWED_SECONDS
-        await self.follow()
-        while self._slowest < number and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            try:
+                await self.follow(seconds=answer_seconds())
+            except Exception as error:  # vLLM raises bare Exceptions
+                logger.warning("An engine did not say who follows it: %s", error)
+                return False
+            if self._slowest >= number:
+                return True
             await asyncio.sleep(_RETRY_SECONDS)
-            await self.follow()
+        return False
 
     async def _watch(self) -> None:
         """Reload when a file of the policies is another one, and stays so a moment."""
@@ -288,28 +333,18 @@ class Rollout:
                 done = found
             before = found
 
+    async def _heed_hangups(self) -> None:
+        """Reload on SIGHUP; one that comes meanwhile is one more, and so are many."""
+        while True:
+            await self._hangup.wait()
+            self._hangup.clear()
+            await self._reload_at_last("SIGHUP")
+
     async def _reload_at_last(self, why: str) -> None:
-        """Reload, however long requests of an earlier generation take."""
+        """Reload, however long requests of an earlier generation take, or engines."""
         logger.info("Reloading the policies: %s.", why)
-        while (await self.reload()).result == "busy":
+        while (await self.reload()).result in ("busy", "unanswered"):
             await asyncio.sleep(_WATCH_SECONDS)
-
-    async def _call(self, method: str, *args: Any) -> list[Any]:
-        """Return what each engine answers to a utility call.
-
-        Raises:
-            TimeoutError: One of them died.
-        """
-        core = self._client.engine_core
-        to_all = hasattr(core, "call_utility_all_async")
-        call = core.call_utility_all_async if to_all else core.call_utility_async
-        question = asyncio.ensure_future(call(method, *args))
-        try:
-            found = await await_answer(self._client, question)
-        finally:
-            question.cancel()
-        answers: list[Any] = found if to_all else [found]
-        return answers
 
 
 def _load_adopted(notice: str) -> Generation:

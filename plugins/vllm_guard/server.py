@@ -22,10 +22,11 @@ from guard.http.desk import DRILLS_OFF, NO_ADMIN, NO_RELOAD, RELOAD_OFF
 from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken
 from guard.http.middleware import GuardMiddleware, send_error
 from guard.http.openai import error_body
-from guard.metrics import Metrics
+from guard.metrics import Metrics, ReloadResult
 from vllm_guard import context, ending
 from vllm_guard.pulse import Pulse
-from vllm_guard.rollout import WAIT_SECONDS, Rollout, await_answer, read_keys
+from vllm_guard.question import answer_seconds, ask, await_answer
+from vllm_guard.rollout import WAIT_SECONDS, Rollout, read_keys
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,19 +37,18 @@ __all__ = ["GuardEndpoint", "ServingMiddleware", "read_admin", "read_keys"]
 
 logger = logging.getLogger(__name__)
 
-_RELOAD_CODES: Mapping[str, int] = {"success": 200, "refused": 422, "busy": 409}
+_RELOAD_CODES: Mapping[ReloadResult, int] = {
+    "success": 200,
+    "refused": 422,
+    "busy": 409,
+    "unanswered": 503,
+}
 """HTTP status of what became of a reload."""
 _MOST_WAIT_SECONDS = 3600.0
 _WAIT_EXPECTED = (
     "'wait' is no time; expected how many seconds to wait for requests that began "
     f"before the last reload, at most {_MOST_WAIT_SECONDS:g}."
 )
-
-
-ANSWER_VARIABLE = "GUARD_ANSWER_SECONDS"
-"""How long engines may take to answer for the guard, where 10 seconds are not right: a
-step that is under way comes first."""
-_ANSWER_SECONDS = 10.0
 
 
 class _SilenceError(EngineError):
@@ -102,11 +102,12 @@ class GuardEndpoint:
             authorization = request.headers.get("authorization")
             desk = context.get_board().desk
             said = await describe(self._client, desk.offer(authorization))
-            # What is wrong with a file may name what is no business of a tenant.
-            is_open = not context.get().current.policy_file.tenants
-            is_admin = desk.admin.admits(request.headers.get(ADMIN_HEADER))
             if said["engines"] is not None:
                 await self._follow()
+            # What is wrong with a file may name what is nobody else's business.
+            is_admin = desk.admin.admits(request.headers.get(ADMIN_HEADER))
+            has_tenants = bool(context.get().current.policy_file.tenants)
+            is_open = not desk.admin.is_set and not has_tenants
             said["last_reload"] = self._tell_last(with_reason=is_open or is_admin)
             return JSONResponse(said)
 
@@ -158,8 +159,7 @@ class GuardEndpoint:
         """Catch up with the engines; what is wrong with them, others say."""
         if self._rollout is not None:
             with contextlib.suppress(Exception):
-                async with asyncio.timeout(_answer_seconds()):
-                    await self._rollout.follow()
+                await self._rollout.follow(seconds=answer_seconds())
 
     def _tell_last(self, *, with_reason: bool) -> dict[str, Any] | None:
         """Return the outcome of the last reload, if there was one."""
@@ -246,25 +246,13 @@ async def ask_engines(client: Any) -> list[list[dict[str, Any]]]:
     """
     question = getattr(client, "guard_question", None)
     if question is None or question.done():
-        question = client.guard_question = asyncio.ensure_future(_ask(client))
+        call = ("collective_rpc", "guard_status", None, (), None)
+        question = client.guard_question = asyncio.ensure_future(ask(client, *call))
     answers: list[list[dict[str, Any]]] = await await_answer(
-        client, question, seconds=_answer_seconds()
+        client, question, seconds=answer_seconds()
     )
     client.guard_answered = time.monotonic()
     return answers
-
-
-def _answer_seconds() -> float:
-    return float(os.environ.get(ANSWER_VARIABLE) or _ANSWER_SECONDS)
-
-
-async def _ask(client: Any) -> list[list[dict[str, Any]]]:
-    core = client.engine_core
-    call = ("collective_rpc", "guard_status", None, (), None)
-    if hasattr(core, "call_utility_all_async"):
-        answers: list[list[dict[str, Any]]] = await core.call_utility_all_async(*call)
-        return answers
-    return [await core.call_utility_async(*call)]
 
 
 async def check_engines(client: Any) -> None:

@@ -97,7 +97,8 @@ def reload(server: Server) -> dict[str, Any]:
 
 def read_status(server: Server) -> dict[str, Any]:
     url = f"{server.url}/guard/status"
-    return dict(httpx.get(url, headers=headers_of(), timeout=60).json())
+    headers = headers_of(token=ADMIN_TOKEN)
+    return dict(httpx.get(url, headers=headers, timeout=60).json())
 
 
 def ask(

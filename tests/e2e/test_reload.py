@@ -393,6 +393,14 @@ def test_nobody_but_an_administrator_reloads(server: Server, token: str | None) 
     assert read_status(server)["generation"] == number
 
 
+def test_an_administrator_needs_no_key_besides(server: Server) -> None:
+    number = read_status(server)["generation"]
+    headers = reloads.headers_of(None, ADMIN_TOKEN)
+    answer = httpx.post(f"{server.url}/guard/reload", headers=headers, timeout=60)
+    assert (answer.status_code, answer.json()["generation"]) == (200, number)
+    assert answer.json()["followed"]
+
+
 @pytest.mark.parametrize("wait", ["x", "-1", "nan", "1e9"])
 def test_a_wait_that_is_no_time_is_refused(server: Server, wait: str) -> None:
     answer = httpx.post(

@@ -23,7 +23,7 @@ import yaml
 from e2e.alerting import Watch, watching
 from e2e.drills import ADMIN_TOKEN
 from e2e.proxy import proxying
-from e2e.reloads import dump, post_reload, wait_for_generation
+from e2e.reloads import dump, post_reload, read_status, wait_for_generation
 from e2e.scraping import wait_for
 from e2e.serving import (
     TOY_POLICIES,
@@ -294,7 +294,7 @@ def test_a_bad_file_is_told_of_by_either_api_server(
     path.write_text("policies: [")
     assert post_reload(replicas).status_code == 422
     for _ in range(12):
-        told = httpx.get(f"{replicas.url}/guard/status", timeout=60).json()
+        told = read_status(replicas)
         assert told["generation"] == generation
         assert told["last_reload"]["result"] == "refused"
         assert "replicas.yaml:1" in told["last_reload"]["reason"]

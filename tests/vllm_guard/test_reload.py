@@ -36,7 +36,7 @@ class Engine:
         return reload._stage(self, tuple(offer))
 
     def commit(self, owner: str = "me") -> None:
-        reload._commit(self, owner)
+        reload._commit(self, owner, f"notice of {owner}")
 
     def follow(self, rank: int, seen: int, oldest: int) -> dict[str, Any]:
         return reload._follow(self, rank, seen, oldest)
@@ -75,7 +75,9 @@ def test_what_is_staged_is_not_current_before_it_is_committed(
     offer = make_offer(2)
     assert engine.stage(offer) == {}
     assert state.current is state.start
+    assert engine.follow(0, 0, 1)["notice"] == ""
     engine.commit()
+    assert engine.follow(0, 1, 1)["notice"] == "notice of me"
     assert (state.current.number, state.current.fingerprint) == (2, offer.fingerprint)
     assert state.previous is state.start
     assert [state.find(n) and state.find(n).number for n in (None, 1, 2, 3)] == [
@@ -174,10 +176,12 @@ def test_an_api_server_learns_of_a_generation_whatever_became_of_its_files(
     printed = file_fingerprint(load_policy(path))
     offer = Offer("me", 2, str(path), path.read_bytes(), printed)
     assert engine.stage(offer) == {}
-    engine.commit()
+    staged = drilled.staged
+    assert staged is not None
+    notice = reload.write_notice(staged, offer)
+    reload._commit(engine, offer.owner, notice)
     current = drilled.current
-    notice = reload.write_notice(current, offer)
-    reload._note(engine, "{}", notice)
+    assert current is staged
     found = rollout._load_adopted(notice)
     assert found.calibrations.keys() == current.calibrations.keys() != set()
     path.unlink()

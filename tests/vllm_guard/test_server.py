@@ -3,16 +3,21 @@
 import asyncio
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 from vllm_guard import context, server
-from vllm_guard.rollout import Rollout
+from vllm_guard.question import ANSWER_VARIABLE
+from vllm_guard.rollout import Outcome, Rollout
 
 from guard.errors import EngineError
 from guard.http.keys import AdminToken
+
+TOKEN = "a token of 24 letters..".replace(" ", "-")
 
 
 def make_client(engines: list[list[Any]]) -> Any:
@@ -80,7 +85,7 @@ def test_an_engine_without_the_guard_is_missed(state: context.Context) -> None:
 @pytest.fixture
 def hung(state: context.Context, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a client whose engine answers no call before `release` is set."""
-    monkeypatch.setenv(server.ANSWER_VARIABLE, "0.3")
+    monkeypatch.setenv(ANSWER_VARIABLE, "0.3")
     client = make_client([])
     client.calls, client.release = 0, asyncio.Event()
 
@@ -115,7 +120,7 @@ def test_an_engine_that_hangs_is_asked_once_however_many_ask(hung: Any) -> None:
 def test_a_dead_engine_is_not_waited_for(
     hung: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(server.ANSWER_VARIABLE, "60")
+    monkeypatch.setenv(ANSWER_VARIABLE, "60")
 
     async def probe() -> None:
         waiting = asyncio.ensure_future(ask_all(hung, 1))
@@ -134,6 +139,16 @@ def follow(client: Any) -> Rollout:
     return Rollout(client, Namespace(api_key=None))
 
 
+def serve(endpoint: server.GuardEndpoint) -> httpx.AsyncClient:
+    """Return a client of a server that has the guard's own routes alone."""
+    from fastapi import FastAPI
+
+    app = FastAPI()
+    endpoint.attach_router(app)
+    transport = httpx.ASGITransport(app)
+    return httpx.AsyncClient(transport=transport, base_url="http://guard")
+
+
 @pytest.mark.parametrize(
     ("route", "status", "said"),
     [("ready", 503, {"ready": False}), ("status", 200, {"engines": None})],
@@ -146,20 +161,15 @@ def test_who_asks_about_an_engine_that_hangs_is_answered(
     state: context.Context,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from fastapi import FastAPI
-
     desk = SimpleNamespace(
         admin=AdminToken(None), offer=lambda _key: ["open"], oldest_generation=1
     )
     monkeypatch.setattr(state, "board", SimpleNamespace(desk=desk))
-    endpoint, app = server.GuardEndpoint(), FastAPI()
-    endpoint.attach_router(app)
+    endpoint = server.GuardEndpoint()
 
     async def ask() -> httpx.Response:
         endpoint._client, endpoint._rollout = hung, follow(hung)
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://guard"
-        ) as client:
+        async with serve(endpoint) as client:
             return await asyncio.wait_for(client.get(f"/guard/{route}"), 5)
 
     answer = asyncio.run(ask())
@@ -178,7 +188,7 @@ def test_a_reload_does_not_wait_for_an_engine_that_died(
         await asyncio.sleep(0.05)
         assert not waiting.done()
         hung.errored = True
-        with pytest.raises(TimeoutError, match="dead, or did not answer"):
+        with pytest.raises(TimeoutError, match="hangs, or is dead"):
             await asyncio.wait_for(asyncio.shield(waiting), 5)
 
     asyncio.run(wait())
@@ -194,7 +204,63 @@ def test_status_says_which_certificate_a_policy_has_or_none(
     assert said["open"]["certificate"] is None
 
 
-TOKEN = "a token of 24 letters..".replace(" ", "-")
+REASON = "p.yaml:3: policies.secret: no"
+
+
+@pytest.mark.parametrize(
+    ("token", "shown", "is_read"),
+    [
+        (None, None, True),
+        (TOKEN, TOKEN, True),
+        (TOKEN, None, False),
+        (TOKEN, TOKEN[:-1], False),
+    ],
+)
+def test_why_a_reload_was_refused_is_the_administrators_where_there_is_one(
+    token: str | None,
+    shown: str | None,
+    is_read: bool,
+    state: context.Context,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = SimpleNamespace(
+        admin=AdminToken(token), offer=lambda _key: ["open"], oldest_generation=1
+    )
+    monkeypatch.setattr(state, "board", SimpleNamespace(desk=desk))
+    endpoint = server.GuardEndpoint()
+    headers = {} if shown is None else {"x-guard-admin-token": shown}
+
+    async def ask() -> dict[str, Any]:
+        client = make_client([make_engine(state, 0, world_size=1)])
+        endpoint._client, endpoint._rollout = client, follow(client)
+        endpoint._rollout.last = asdict(Outcome("refused", 1, "f", REASON))
+        async with serve(endpoint) as asker:
+            answer = await asker.get("/guard/status", headers=headers)
+        return dict(answer.json()["last_reload"])
+
+    told = asyncio.run(ask())
+    assert told["result"] == "refused"
+    assert told.get("reason") == (REASON if is_read else None)
+
+
+def test_a_reload_at_an_engine_that_hangs_is_answered(
+    hung: Any, state: context.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = context.get_board(CollectorRegistry())
+    board.desk.admin = AdminToken(TOKEN)
+    endpoint = server.GuardEndpoint()
+
+    async def ask() -> httpx.Response:
+        endpoint._client, endpoint._rollout = hung, follow(hung)
+        async with serve(endpoint) as client:
+            headers = {"x-guard-admin-token": TOKEN}
+            reload = client.post("/guard/reload?wait=5", headers=headers)
+            return await asyncio.wait_for(reload, 5)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 503
+    said = answer.json()["error"]["message"]
+    assert said.startswith("The policies stay: an engine hangs, or is dead")
 
 
 @pytest.fixture
