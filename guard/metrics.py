@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from guard import __version__
+from guard.policy import Mode
 from guard.request import Fault
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class Metrics:
         # What the model was hooked at stays, whatever a reload brings.
         self._hook_points.set(len(policy_file.hook_points))
         self._told: set[tuple[Gauge, tuple[str, ...]]] = set()
+        self._named: dict[int, set[tuple[str, str]]] = {}
+        """What `_name_series` says of the last two generations, by their numbers."""
         self.show_policies(
             policy_file,
             fingerprints=fingerprints,
@@ -100,6 +103,9 @@ class Metrics:
     ) -> None:
         """Create every child a policy file can ever need, and say what is served.
 
+        What neither this generation names nor the one before it, under which requests
+        may still run, ends.
+
         Args:
             policy_file: Names the policies, clamps, monitors and SAEs.
             fingerprints: Policy name to fingerprint.
@@ -108,6 +114,8 @@ class Metrics:
             generation: Its number.
         """
         self._create_children(policy_file)
+        self._named[generation] = _name_series(policy_file)
+        self._end_series(before=generation - 1)
         self._generation.set(generation)
         told: set[tuple[Gauge, tuple[str, ...]]] = set()
         told |= {(self._policy_info, pair) for pair in fingerprints.items()}
@@ -412,13 +420,62 @@ class Metrics:
                 for stage in ("prompt", "output"):
                     self._alarms.labels(name, monitor.name, stage, action)
 
+    def _end_series(self, *, before: int) -> None:
+        """End the series of policies, and parts of them, that are gone for good.
+
+        Where several processes share them in files, prometheus_client ends none.
+
+        Args:
+            before: Generations whose requests are over.
+        """
+        self._named = {n: names for n, names in self._named.items() if n >= before}
+        if _is_shared():
+            return
+        kept = set().union(*self._named.values())
+        for collector in (
+            *(self._requests, self._clamped, self._alarms),
+            *(self._score_ratio, self._drift),
+        ):
+            for labels in _list_children(collector):
+                if labels[:2] not in kept:
+                    collector.remove(*labels)
+
+
+def _name_series(policy_file: "PolicyFile") -> set[tuple[str, str]]:
+    """Return how each series of a policy begins: its name, and a part of it.
+
+    The part is a mode, whichever it has now; a clamp; or a monitor.
+    """
+    return {
+        (name, part)
+        for name, policy in policy_file.policies.items()
+        for part in (
+            *get_args(Mode),
+            *(rule.name for rule in policy.clamps),
+            *(monitor.name for monitor in policy.monitors),
+        )
+    }
+
+
+def _list_children(collector: Counter | Gauge | Histogram) -> set[tuple[str, ...]]:
+    """Return the labels of every child, in the order they were declared in."""
+    return {
+        tuple(value for name, value in sample.labels.items() if name != "le")
+        for metric in collector.collect()
+        for sample in metric.samples
+    }
+
 
 def _retract(info: Gauge, labels: tuple[str, ...]) -> None:
     """Let a constant series end; where several processes share it, it becomes 0."""
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    if _is_shared():
         info.labels(*labels).set(0)
     else:
         info.remove(*labels)
+
+
+def _is_shared() -> bool:
+    return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 
 def _declare_info(

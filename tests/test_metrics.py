@@ -233,6 +233,84 @@ def test_a_reload_shows_what_is_served_now_and_keeps_what_was_counted(
     assert read("requests_total", policy="default", **wanted) == 1
 
 
+def show(metrics: Metrics, generation: int, **parts: str) -> None:
+    """Reload a file of one policy, one clamp and one monitor, of these names."""
+    policy = SimpleNamespace(
+        mode=parts.get("mode", "enforce"),
+        clamps=[SimpleNamespace(name=parts.get("clamp", "jailbreak"))],
+        monitors=[
+            SimpleNamespace(name=parts.get("monitor", "recovery"), on_alarm="block")
+        ],
+    )
+    name = parts.get("policy", "default")
+    policy_file: Any = SimpleNamespace(
+        policies={name: policy}, saes={}, on_error="closed"
+    )
+    metrics.show_policies(
+        policy_file,
+        fingerprints={name: f"f{generation}"},
+        digests={},
+        generation=generation,
+    )
+
+
+def count_series(registry: CollectorRegistry) -> int:
+    return sum(len(family.samples) for family in registry.collect())
+
+
+@pytest.mark.parametrize("part", ["policy", "clamp", "monitor"])
+def test_however_often_names_change_there_are_those_of_two_generations(
+    part: str, metrics, registry
+):
+    counted = []
+    for generation in range(2, 102):
+        show(metrics, generation, **{part: f"new-{generation}"})
+        counted.append(count_series(registry))
+    assert set(counted[2:]) == {counted[2]}
+    names = [
+        sample.labels[part]
+        for family in registry.collect()
+        for sample in family.samples
+        if part in sample.labels
+    ]
+    assert set(names) == {"new-100", "new-101"}
+
+
+def test_what_is_counted_under_the_generation_before_stays_until_the_next(
+    metrics, registry
+):
+    def read(policy: str, mode: str = "enforce") -> float | None:
+        labels = {"policy": policy, "mode": mode, "action": "allow"}
+        return registry.get_sample_value("guard_requests_total", labels)
+
+    metrics.finish(make_verdict(), {})
+    show(metrics, 2, policy="new")
+    # An API server may be told twice of what it serves.
+    show(metrics, 2, policy="new")
+    metrics.finish(make_verdict(), {})
+    assert read("default") == 2
+    show(metrics, 3)
+    assert (read("default"), read("new")) == (2, 0)
+    show(metrics, 4, mode="observe")
+    show(metrics, 5, mode="observe")
+    # What a policy that is still there counted in another mode is no less true.
+    assert (read("default"), read("default", "observe")) == (2, 0)
+    assert read("new") is None
+    show(metrics, 6, policy="new")
+    show(metrics, 7, policy="new")
+    assert read("default") is None
+
+
+def test_several_processes_keep_what_they_share(metrics, registry, monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
+    for generation in (2, 3, 4):
+        show(metrics, generation, policy=f"new-{generation}")
+    wanted = {"policy": "new-2", "mode": "enforce", "action": "allow"}
+    assert registry.get_sample_value("guard_requests_total", wanted) == 0
+    printed = {"policy": "new-2", "fingerprint": "f2"}
+    assert registry.get_sample_value("guard_policy_info", printed) == 0
+
+
 def test_reloads_are_counted_by_what_became_of_them(metrics, registry):
     def read(result):
         return registry.get_sample_value(
