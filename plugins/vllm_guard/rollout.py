@@ -104,11 +104,10 @@ class Rollout:
         if os.environ.get(context.WATCH_VARIABLE) and self._rank == 0:
             self._spawn(self._watch())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)  # the loop itself keeps no reference
         task.add_done_callback(self._tasks.discard)
-        return task
 
     async def reload(self, *, wait: float = WAIT_SECONDS) -> Outcome:
         """Bring the policy file as it is now to every rank of every engine, or to none.
@@ -145,9 +144,8 @@ class Rollout:
         if result == "success":
             outcome = replace(outcome, followed=await self._wait_for_followers())
         self.last = asdict(outcome)
-        note = self._spawn(self._tell("guard_note", json.dumps(self.last)))
-        if result != "unanswered":  # nor will it be now
-            await note
+        if result != "unanswered":  # nor would this be, and it would wait there
+            await self._tell("guard_note", json.dumps(self.last))
         return outcome
 
     def _conclude(self, result: ReloadResult, reason: str | None) -> Outcome:
