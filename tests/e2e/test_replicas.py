@@ -23,7 +23,14 @@ import yaml
 from e2e.alerting import Watch, watching
 from e2e.drills import ADMIN_TOKEN
 from e2e.proxy import proxying
-from e2e.reloads import dump, post_reload, read_status, wait_for_generation
+from e2e.reloads import (
+    KEYS,
+    dump,
+    headers_of,
+    post_reload,
+    read_status,
+    wait_for_generation,
+)
 from e2e.scraping import wait_for
 from e2e.serving import (
     TOY_POLICIES,
@@ -35,6 +42,7 @@ from e2e.serving import (
     list_processes,
     stop,
 )
+from e2e.test_tenants import digest_of
 from e2e.tripwires import LONG_PROMPT, PROMPT, Tripwires
 from e2e.wire import Answer, read_events, request_body
 from pages import ROOT
@@ -70,20 +78,24 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> StepRecord:
 def replicas(
     toy: Toy, tripwires: Tripwires, record: StepRecord, start_server: ServerFactory
 ) -> Server:
-    """Serve the toy from two data-parallel engines behind two API servers."""
+    """Serve the toy to two keys from two engines behind two API servers."""
     return start_server(
         toy.model,
         toy.write_policy("replicas", tripwires.add_to(TOY_POLICIES)),
         *("--block-size", "32", "--enforce-eager"),
         *("--data-parallel-size", "2", "--api-server-count", "2"),
+        *("--api-key", *KEYS.values()),
         environment=record.begin() | {"GUARD_ADMIN_TOKEN": ADMIN_TOKEN},
     )
 
 
-def ask(server: Server, engine: int, body: dict[str, Any]) -> Answer:
+def ask(
+    server: Server, engine: int, body: dict[str, Any], *, key: str = "one"
+) -> Answer:
     """Ask one of the engines, over a new connection: any API server may take it."""
     answer = Answer(0, {})
     headers = {"X-data-parallel-rank": str(engine), "connection": "close"}
+    headers |= headers_of(key)
     url = f"{server.url}/v1/completions"
     with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as stream:
         answer.status = stream.status_code
@@ -100,7 +112,7 @@ def ask(server: Server, engine: int, body: dict[str, Any]) -> Answer:
 def hang_up(server: Server, engine: int) -> None:
     """Leave a stream after its first tokens."""
     body = request_body(PROMPT, "open", stream=True, max_tokens=500, ignore_eos=True)
-    headers = {"X-data-parallel-rank": str(engine)}
+    headers = {"X-data-parallel-rank": str(engine)} | headers_of()
     url = f"{server.url}/v1/completions"
     with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as stream:
         assert len(list(islice(read_events(stream), 2))) == 2
@@ -176,7 +188,7 @@ def answers(replicas: Server) -> list[tuple[dict[str, Any], Answer]]:
 
 def test_every_rank_of_every_engine_answers(replicas: Server) -> None:
     assert json.loads(replicas.get("/guard/ready")) == {"ready": True}
-    engines = json.loads(replicas.get("/guard/status"))["engines"]
+    engines = read_status(replicas)["engines"]
     assert [[answer["role"] for answer in engine] for engine in engines] == 2 * [
         ["worker", "engine_core"]
     ]
@@ -264,11 +276,14 @@ def test_a_reload_reaches_both_engines_and_both_api_servers(
         # Every API server knows a policy by its name, or answers 400.
         body["policies"] |= {f"new-{number}": body["policies"]["held"]}
         body["public_policies"].append(f"new-{number}")
+        tenant = {"api_key_sha256": digest_of(KEYS["two"])}
+        body["tenants"] = [tenant | {"policies": [f"new-{number}"]}]
         # Drift begins anew where a policy with monitors is another one.
         body["policies"]["default"]["monitors"][0]["target_fpr"] = number / 100
         toy.write_policy("replicas", dump(body))
         told = post_reload(replicas)
         assert told.json()["generation"] == number, told.text
+        assert told.json()["followed"]
         jobs = [
             (engine, request_body(f"w{turn}", f"new-{number}"))
             for engine in ENGINES
@@ -278,7 +293,14 @@ def test_a_reload_reaches_both_engines_and_both_api_servers(
             got = list(pool.map(lambda job: ask(replicas, *job), jobs))
         assert {answer.status for answer in got} == {200}
         assert len({answer.guard["fingerprint"] for answer in got}) == 1
-    engines = json.loads(replicas.get("/guard/status"))["engines"]
+        # So many that either API server has some: a tenant has no other policy there.
+        for turn, policy in enumerate(6 * (None, "held")):
+            tried = request_body(f"w{turn}", policy, max_tokens=1)
+            answer = ask(replicas, turn % 2, tried, key="two")
+            assert answer.status == (200 if policy is None else 403)
+            if policy is None:
+                assert answer.guard["policy"] == f"new-{number}"
+    engines = read_status(replicas)["engines"]
     found = [answer["generation"] for engine in engines for answer in engine]
     assert found == 4 * [3]
     metrics = replicas.metrics()
@@ -289,7 +311,7 @@ def test_a_reload_reaches_both_engines_and_both_api_servers(
 def test_a_bad_file_is_told_of_by_either_api_server(
     replicas: Server, toy: Toy, tripwires: Tripwires
 ) -> None:
-    generation = json.loads(replicas.get("/guard/status"))["generation"]
+    generation = read_status(replicas)["generation"]
     path = toy.write_policy("replicas", tripwires.add_to(TOY_POLICIES))
     path.write_text("policies: [")
     assert post_reload(replicas).status_code == 422
@@ -303,7 +325,7 @@ def test_a_bad_file_is_told_of_by_either_api_server(
 def test_a_hangup_signal_reaches_one_api_server(
     replicas: Server, toy: Toy, tripwires: Tripwires
 ) -> None:
-    status = json.loads(replicas.get("/guard/status"))
+    status = read_status(replicas)
     toy.write_policy("replicas", tripwires.add_to(TOY_POLICIES))
     os.kill(replicas.process.pid, signal.SIGHUP)
     wait_for_generation(replicas, status["generation"] + 1)
