@@ -1,7 +1,8 @@
 """Write the reference pages from the code: `python .ci/reference.py [--check]`.
 
 Policy keys come from the models and their docstrings, metrics from the collectors
-themselves. On a page only what stands between its markers is written.
+themselves, rates from certificates. On a page only what stands between its markers is
+written.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from vllm_guard import compat
 from guard import policy
 from guard.metrics import Metrics
 from guard.policy import PolicyFile
+from guard.redteam.certificate import LatentHeadline, load_certificate
 from guard.request import GuardField
 from guard.schema import policy_schema
 
@@ -37,6 +39,13 @@ TITLES = {
     "Monitor": "An entry of `monitors`",
     "Drill": "An entry of `drills`",
     "Tenant": "An entry of `tenants`",
+}
+
+CERTIFICATES = ("certificate.json", "certificate-1.json")
+POSITIONS = {
+    "last": "the last prompt token",
+    "all": "all prompt tokens",
+    "every": "every generated token too",
 }
 
 
@@ -114,6 +123,36 @@ def write_refused() -> str:
     return _table("refused at start", [[option] for option in options])
 
 
+def write_certificates() -> str:
+    """Return what attackers of either organism received, from the headlines."""
+    rows = [["words before the message, search adapted to every monitor"]]
+    rows += [[f"an edit of the stream at {where}"] for where in POSITIONS.values()]
+    for name in CERTIFICATES:
+        headline = load_certificate(ROOT / "benchmarks" / "results" / name).headline
+        prompt = headline.prompt
+        assert prompt is not None
+        rows[0].append(
+            f"{_tell_share(prompt.rate, prompt.samples)}, at most {prompt.upper:.2f}"
+        )
+        for row, position in zip(rows[1:], POSITIONS, strict=True):
+            row.append(_tell_edit(headline.latent, position, prompt.samples))
+    head = [f"[{name}](../benchmarks/results/{name})" for name in CERTIFICATES]
+    return _table(" | ".join(["received under the policy", *head]), rows)
+
+
+def _tell_share(rate: float, samples: int) -> str:
+    return f"{rate * samples:.0f} of {samples}"
+
+
+def _tell_edit(latent: LatentHeadline, position: str, samples: int) -> str:
+    """Return how often an edit got through at best, and how large it is for half."""
+    found = latent.by_position[position]
+    rate, half = found["worst_rate"], found["b50_undetected"]
+    assert rate is not None
+    told = f"{_tell_share(rate, samples)} at best"
+    return told if half is None else f"{told}, half of them from a size of {half:.2f}"
+
+
 def write_schema() -> str:
     """Return the JSON schema of the policy file."""
     return json.dumps(policy_schema(), indent=2) + "\n"
@@ -124,6 +163,7 @@ PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "docs/http.md": {"field": write_field},
     "docs/compatibility.md": {"versions": write_versions, "refused": write_refused},
     "docs/metrics.md": {"metrics": write_metrics, "buckets": write_buckets},
+    "docs/threat-model.md": {"certificates": write_certificates},
 }
 """Page, marker, what stands there."""
 FILES: Mapping[str, Callable[[], str]] = {"docs/policy.schema.json": write_schema}
