@@ -30,10 +30,13 @@ demo: .venv/.ready
 test: .venv/.ready .venv/.prometheus-ready
 	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
+fuzzed = tests/fuzz tests/http tests/vllm_guard/test_hostile.py \
+	tests/test_policy.py tests/test_request.py tests/test_drill.py tests/test_certificate.py
+
 # For each parser so many inputs, drawn anew every time; the suite has 80 of each.
 fuzz: .venv/.ready
 	GUARD_FUZZ_CASES=$(CASES) $(bin)/python -m pytest --timeout 86400 \
-		tests/fuzz tests/http/test_hostile.py $(ARGS)
+		$(fuzzed) $(ARGS)
 
 check: .venv/.ready
 	$(bin)/ruff check .

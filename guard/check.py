@@ -8,6 +8,7 @@ from guard.calibration import Calibration, load_calibration, share_budgets
 from guard.certificate import load_certificates
 from guard.drill import load_edits
 from guard.errors import CalibrationError
+from guard.file import open_regular, read_file
 from guard.fingerprint import clamps_digest
 from guard.monitor import list_columns
 from guard.pipeline import StepBuffers, build_guards
@@ -17,6 +18,7 @@ from guard.sae.model import Sae
 from guard.score import SCORES
 
 __all__ = [
+    "MAX_CONFIG_BYTES",
     "check_calibrations",
     "check_origin",
     "check_policy",
@@ -26,6 +28,8 @@ __all__ = [
     "load_saes",
 ]
 
+MAX_CONFIG_BYTES = 16 << 20
+"""Of a model's config.json; those that models come with have a few thousand."""
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
 
@@ -183,11 +187,11 @@ def digest_model(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        digest.update((folder / "config.json").read_bytes())
+        digest.update(read_file(folder / "config.json", limit=MAX_CONFIG_BYTES))
         for path in sorted(folder.glob("*.safetensors")):
             size = path.stat().st_size
             digest.update(f"{path.name}:{size}".encode())
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 for offset in range(0, size, max(size // _SAMPLES, _SAMPLE_BYTES)):
                     file.seek(offset)
                     digest.update(file.read(_SAMPLE_BYTES))

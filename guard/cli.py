@@ -409,7 +409,7 @@ def status(
     urls = url or [_LOCAL]
     if as_json:
         for said in command.tell_status(urls, api_key=api_key):
-            typer.echo(json.dumps(said, indent=2))
+            typer.echo(said)
     elif watch:
         command.watch_servers(urls, api_key=api_key, every=every, console=Console())
     else:

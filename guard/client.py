@@ -7,20 +7,64 @@ import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from typing import Any
+from typing import Annotated, Any
 
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from guard.errors import EngineError
 from guard.prompt import Prompt
 from guard.traffic import Told
 
-__all__ = ["Client", "ask_for"]
+__all__ = ["Client", "Status", "ask_for"]
 
 _AT_ONCE = 16
 """Requests that are under way at once."""
 _SECONDS = 600
+_MAX_BYTES = 64 << 20
+"""Of an answer: who answers may be anybody."""
+
+
+class _Said(BaseModel):
+    """Part of an answer; another version of the server may say more."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Certified(_Said):
+    """The certificate of a policy."""
+
+    id: str
+
+
+class ServedPolicy(_Said):
+    """What identifies a policy."""
+
+    mode: str
+    fingerprint: str
+    certificate: Certified | None = None
+
+
+class Reloaded(_Said):
+    """The last reload."""
+
+    result: str
+    at: Annotated[float, Field(ge=0, lt=2**32)]
+    """In seconds since 1970."""
+    reason: str | None = None
+
+
+class Status(_Said):
+    """What is read of `/guard/status`."""
+
+    version: str
+    generation: int
+    fingerprint: str
+    on_error: str = "closed"
+    policies: dict[str, ServedPolicy] = {}
+    """Those that the key may name."""
+    last_reload: Reloaded | None = None
 
 
 class Client:
@@ -61,7 +105,7 @@ class Client:
         """
         try:
             return json.loads(self.fetch(path, body))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             message = f"{self._url} does not answer as a guarded server: {error}."
             raise EngineError(message) from error
 
@@ -71,7 +115,7 @@ class Client:
         try:
             request = urllib.request.Request(self._url + path, data, self._headers)
             with urllib.request.urlopen(request, timeout=self._patience) as answer:
-                return bytes(answer.read())
+                content = bytes(answer.read(_MAX_BYTES + 1))
         except urllib.error.HTTPError as error:
             message = f"{self._url}{path} answered {error.code}: {_words(error)}"
             raise EngineError(message) from error
@@ -84,6 +128,22 @@ class Client:
             raise EngineError(message) from error
         except (OSError, HTTPException) as error:
             message = f"{self._url} does not answer as a guarded server: {error}."
+            raise EngineError(message) from error
+        if len(content) > _MAX_BYTES:
+            message = (
+                f"{self._url}{path} answers without an end; expected at most "
+                f"{_MAX_BYTES >> 20} MiB."
+            )
+            raise EngineError(message)
+        return content
+
+    def read_status(self) -> Status:
+        """Return what `/guard/status` says; otherwise like `call`."""
+        said = self.call("/guard/status")
+        try:
+            return Status.model_validate(said)
+        except ValidationError as error:
+            message = f"{self._url} has no guard status; expected a guarded server."
             raise EngineError(message) from error
 
     def read_metrics(self) -> list[Sample]:
@@ -113,14 +173,15 @@ class Client:
             raise EngineError(message)
         try:
             (model, *_) = self.call("/v1/models")["data"]
-        except (KeyError, TypeError, ValueError) as error:
+            name, most = str(model["id"]), int(model["max_model_len"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             message = f"{self._url} names no model; expected an OpenAI-compatible one."
             raise EngineError(message) from error
         versions: set[str] = set()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             try:
                 for version, told in pool.map(
-                    lambda prompt: self._ask(model, prompt), prompts
+                    lambda prompt: self._ask(name, most, prompt), prompts
                 ):
                     versions.add(version)
                     self._check_one(versions)
@@ -137,18 +198,20 @@ class Client:
             )
             raise EngineError(message)
 
-    def _ask(self, model: Mapping[str, Any], prompt: Prompt) -> tuple[str, Told]:
+    def _ask(self, model: str, most: int, prompt: Prompt) -> tuple[str, Told]:
         """Return which version of the policy answered, and what it told."""
         guard = {**self._policy, "trace": "summary"}
-        answer = self.call(*ask_for(model["id"], prompt, guard=guard))
-        if "guard" not in answer:
+        answer = self.call(*ask_for(model, prompt, guard=guard))
+        try:
+            verdict = answer["guard"]
+            total = int(answer["usage"]["prompt_tokens"]) + prompt.max_tokens
+            told = Told.of(verdict, min(total, most))
+            return str(verdict["fingerprint"]), told
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             message = (
                 f"{self._url} answers without a verdict; expected a guarded server."
             )
-            raise EngineError(message)
-        total = answer["usage"]["prompt_tokens"] + prompt.max_tokens
-        told = Told.of(answer["guard"], min(total, model["max_model_len"]))
-        return answer["guard"]["fingerprint"], told
+            raise EngineError(message) from error
 
 
 def ask_for(
@@ -174,8 +237,10 @@ def ask_for(
 
 def _words(error: urllib.error.HTTPError) -> str:
     """Return what a server says of an error, in one line."""
-    text = error.read(2000).decode(errors="replace")
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    text = ""
+    with contextlib.suppress(OSError, HTTPException):
+        text = error.read(2000).decode(errors="replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         said = json.loads(text)
         text = said["reason"] if "reason" in said else said["error"]["message"]
     return " ".join(str(text).split())

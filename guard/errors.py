@@ -25,6 +25,7 @@ __all__ = [
     "PromptError",
     "RequestError",
     "SaeError",
+    "as_line",
 ]
 
 
@@ -32,16 +33,21 @@ _MAX_CHARS = 800
 """Of a message: names and values in it may be a stranger's, and so may their length."""
 
 
+def as_line(text: str) -> str:
+    """Return text without what would steer a terminal, split a log or fill it."""
+    text = " ".join(text.split())
+    text = text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 3]}..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class GuardError(Exception):
     """What the guard refuses to do, in one line for whoever can mend it."""
 
     def __str__(self) -> str:
-        """Return the line, without what would steer a terminal or split a log."""
-        text = " ".join(super().__str__().split())
-        text = text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 3]}..."
-        if text.isprintable():
-            return text
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        """Return the line, whatever names stand in it."""
+        return as_line(super().__str__())
 
 
 class PolicyError(GuardError):

@@ -8,14 +8,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from guard.artefact import explaining, read_artefact, write_artefact
 from guard.calibration import (
     Calibration,
     Entry,
@@ -207,18 +208,19 @@ class _Progress:
         known = folder / "run.json"
         # A run that began yesterday is the same run.
         same = {key: value for key, value in provenance.items() if key != "date"}
-        text = json.dumps(same, sort_keys=True)
-        if not known.exists() or known.read_text(encoding="utf-8") != text:
+        text = json.dumps(same, sort_keys=True).encode()
+        if not known.exists() or known.read_bytes() != text:
             for old in folder.glob("*.safetensors"):
                 old.unlink()
-            known.write_text(text, encoding="utf-8")
+            known.write_bytes(text)
 
     def load_fit(self) -> tuple[Mapping[str, Entry], list[Seen]] | None:
         if not self._fit.exists():
             return None
-        saved = load_calibration(self._fit)
-        lengths = saved.provenance["total_lengths"]
-        return saved.entries, list(zip(lengths, saved.maxima[0], strict=True))
+        with self._explaining(self._fit):
+            saved = load_calibration(self._fit)
+            lengths = saved.provenance["total_lengths"]
+            return saved.entries, _pair(lengths, saved.maxima[0])
 
     def save_fit(self, entries: Mapping[str, Entry], reference: list[Seen]) -> None:
         maxima = torch.stack([maxima for _, maxima in reference])
@@ -239,18 +241,34 @@ class _Progress:
         path = self._folder / f"chunk-{start}.safetensors"
         if not path.exists():
             return None
-        saved = load_file(path)
-        return list(zip(saved["lengths"].tolist(), saved["maxima"], strict=True))
+        with self._explaining(path):
+            tensors, note = read_artefact(path)
+            return _pair(note["total_lengths"], tensors["maxima"])
 
     def save_chunk(self, start: int, known: list[Seen]) -> None:
         path = self._folder / f"chunk-{start}.safetensors"
-        tensors = {
-            "lengths": torch.tensor([length for length, _ in known]),
-            "maxima": torch.stack([maxima for _, maxima in known]),
-        }
+        maxima = torch.stack([maxima for _, maxima in known])
         scratch = path.with_suffix(".new")
-        save_file(tensors, scratch)
+        note = {"total_lengths": [length for length, _ in known]}
+        write_artefact(scratch, {"maxima": maxima}, note)
         scratch.replace(path)
+
+    def _explaining(self, path: Path) -> AbstractContextManager[None]:
+        kind = f"part (remove {self._folder} to begin anew)"
+        return explaining(path, kind=kind, command="guard calibrate")
+
+
+def _pair(lengths: Sequence[int], maxima: Tensor) -> list[Seen]:
+    """Return requests as they were saved.
+
+    Raises:
+        ValueError: These are none.
+    """
+    whole = all(isinstance(length, int) for length in lengths)
+    if not whole or maxima.dim() != 2 or len(maxima) != len(lengths):
+        message = "expected a length and maxima of each request"
+        raise ValueError(message)
+    return list(zip(lengths, maxima, strict=True))
 
 
 def recalibrate(

@@ -49,6 +49,8 @@ def play_server() -> Iterator[Played]:
         thread = threading.Thread(target=http.serve_forever, args=(0.05,))
         thread.start()
         played.url = f"http://127.0.0.1:{http.server_address[1]}"
-        yield played
-        http.shutdown()
-        thread.join()
+        try:
+            yield played
+        finally:
+            http.shutdown()
+            thread.join()

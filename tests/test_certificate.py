@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzz.limits import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from redteam.paper import make_certificate, make_subject
 from specimens import make_policy_file, write_certificate
@@ -138,7 +139,7 @@ def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
         assert refusal(path).startswith("cannot be read (")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzz
 @given(data=st.data(), byte=st.integers(0, 255))
 def test_one_byte_changed_is_refused_in_one_line_or_says_the_same(
     data: st.DataObject, byte: int, path: Path

@@ -132,6 +132,19 @@ def test_a_server_that_cannot_be_asked_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_an_answer_without_an_end_is_not_read(
+    server: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guard.client._MAX_BYTES", 1 << 20)
+    server.answer = lambda path, body: (200, b" " * (1 << 20) + b"{}"[:size])
+    size = 0
+    with pytest.raises(EngineError, match="does not answer as a guarded server"):
+        Client(server.url).call("/guard/status")
+    size = 2
+    with pytest.raises(EngineError, match="/guard/status answers without an end; exp"):
+        Client(server.url).call("/guard/status")
+
+
 def test_a_refused_prompt_keeps_the_words_of_the_server(server: Played) -> None:
     def answer(path: str, body: Any) -> Answer:
         if path == "/v1/models":

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz.limits import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -105,6 +106,7 @@ def test_a_file_without_a_description_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@fuzz
 @given(cut=st.integers(0, 400), put=st.binary(max_size=8))
 def test_any_damage_is_an_edit_or_one_line(
     tmp_path_factory: pytest.TempPathFactory, cut: int, put: bytes

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fuzz.limits import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -421,6 +422,7 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
         load_policy(tmp_path / "nowhere.yaml")
 
 
+@fuzz
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
@@ -432,6 +434,7 @@ def test_any_bytes_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@fuzz
 @given(
     at=st.integers(0, len(FULL) - 1),
     length=st.integers(0, 12),

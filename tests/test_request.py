@@ -2,6 +2,7 @@ import math
 import time
 
 import pytest
+from fuzz.limits import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ def test_a_ticket_is_read_back_as_it_was_signed():
     assert read_ticket(sign_ticket(TICKET, SECRET), SECRET, now=NOW) == TICKET
 
 
+@fuzz
 @given(
     st.text(),
     st.text(),
@@ -42,6 +44,7 @@ def test_a_ticket_is_one_url_safe_string():
     assert set(sign_ticket(TICKET, SECRET)) <= allowed
 
 
+@fuzz
 @given(st.data())
 def test_a_ticket_with_any_character_changed_is_worthless(data):
     text = sign_ticket(TICKET, SECRET)
@@ -82,6 +85,7 @@ def test_every_cut_of_a_ticket_is_worthless():
     )
 
 
+@fuzz
 @given(
     st.one_of(
         st.text(),

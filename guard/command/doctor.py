@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from guard.check import (
+    MAX_CONFIG_BYTES,
     check_origin,
     check_policy,
     digest_model,
@@ -34,6 +35,7 @@ from guard.errors import (
     PolicyError,
     SaeError,
 )
+from guard.file import read_file
 from guard.fingerprint import fingerprint
 from guard.hook import HookPoint
 from guard.policy import PolicyFile, load_policy
@@ -188,13 +190,13 @@ def check_served_policy(subject: Subject) -> str | None:
     if not subject.url or policy_file is None:
         return None
     try:
-        served = _client(subject).call("/guard/status")["policies"]
+        served = _client(subject).read_status().policies
         own = {
             n: fingerprint(policy_file, n) for n in served if n in policy_file.policies
         }
-    except (GuardError, KeyError, TypeError):
+    except GuardError:
         return None  # other checks say so
-    other = [n for n, found in served.items() if own.get(n) != found["fingerprint"]]
+    other = [n for n, found in served.items() if own.get(n) != found.fingerprint]
     if other:
         fault = (
             f"{subject.url} runs another version of {', '.join(other)} than the file."
@@ -267,12 +269,17 @@ def _read_shape(model: Path) -> tuple[int, int]:
     """Return width and number of layers of a model, as its config.json has them."""
     mend = "name the folder with config.json and the weights"
     try:
-        config: Any = json.loads((model / "config.json").read_bytes())
+        config: Any = json.loads(
+            read_file(model / "config.json", limit=MAX_CONFIG_BYTES)
+        )
         text = config.get("text_config", config)
         return int(text["hidden_size"]), int(text["num_hidden_layers"])
     except OSError as error:
         fault = f"{model}/config.json cannot be read: {error.strerror}."
         raise FaultError(fault, mend) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError),
+        *(OverflowError, RecursionError),
+    ) as error:
         fault = f"{model}/config.json tells no width and layers; expected a model's."
         raise FaultError(fault, mend) from error

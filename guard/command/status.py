@@ -4,12 +4,12 @@ Talks to each server over HTTP only: `/guard/status` and `/guard/ready` say what
 served, `/metrics` says what happened.
 """
 
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from prometheus_client.samples import Sample
 from rich.console import Console, Group
@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from guard.client import Client
-from guard.errors import EngineError
+from guard.client import Client, Status
+from guard.errors import EngineError, as_line
 
 __all__ = ["Sight", "look_at", "show_servers", "tell_status", "watch_servers"]
 
@@ -42,7 +42,7 @@ class Sight:
     """Why nothing else is known, in one line."""
     not_ready: str = ""
     """Why it is not ready; empty where it is."""
-    status: Mapping[str, Any] = field(default_factory=dict)
+    status: Status | None = None
     """`/guard/status`."""
     samples: Sequence[Sample] = ()
     """The guard's own, of `/metrics`."""
@@ -62,17 +62,17 @@ class Sight:
         """
         found = {
             name: {
-                "mode": policy["mode"],
-                "fingerprint": policy["fingerprint"],
-                "certificate": (policy["certificate"] or {}).get("id", ""),
+                "mode": policy.mode,
+                "fingerprint": policy.fingerprint,
+                "certificate": policy.certificate.id if policy.certificate else "",
             }
-            for name, policy in self.status.get("policies", {}).items()
+            for name, policy in (self.status.policies if self.status else {}).items()
         }
         for sample in self.samples:
             # A series that several processes share cannot end: it becomes 0.
             if sample.name == "guard_policy_info" and sample.value:
-                known = {"fingerprint": sample.labels["fingerprint"]}
-                found.setdefault(sample.labels["policy"], known)
+                known = {"fingerprint": sample.labels.get("fingerprint", "")}
+                found.setdefault(sample.labels.get("policy", ""), known)
         return found
 
 
@@ -80,12 +80,9 @@ def look_at(url: str, *, api_key: str = "") -> Sight:
     """Ask one server; what is wrong with it is part of what is seen."""
     client = Client(url, api_key=api_key, patience=_PATIENCE)
     try:
-        said, samples = client.call("/guard/status"), client.read_metrics()
+        said, samples = client.read_status(), client.read_metrics()
     except EngineError as error:
         return Sight(url, fault=str(error))
-    if not isinstance(said, dict) or "generation" not in said:
-        fault = f"{url} has no guard status; expected a guarded server."
-        return Sight(url, fault=fault)
     try:
         client.call("/guard/ready")
     except EngineError as error:
@@ -93,14 +90,19 @@ def look_at(url: str, *, api_key: str = "") -> Sight:
     return Sight(url, status=said, samples=samples)
 
 
-def tell_status(urls: Sequence[str], *, api_key: str) -> Iterator[Any]:
-    """Yield `/guard/status` of each server, as it comes.
+def tell_status(urls: Sequence[str], *, api_key: str) -> Iterator[str]:
+    """Yield `/guard/status` of each server, as it comes, in JSON to read.
 
     Raises:
         EngineError: A server cannot be reached, or refuses.
     """
     for url in urls:
-        yield Client(url, api_key=api_key).call("/guard/status")
+        said = Client(url, api_key=api_key).call("/guard/status")
+        try:
+            yield json.dumps(said, indent=2)
+        except RecursionError as error:
+            message = f"{url} nests its status too deep; expected a guarded server."
+            raise EngineError(message) from error
 
 
 def show_servers(urls: Sequence[str], *, api_key: str, console: Console) -> None:
@@ -158,40 +160,40 @@ def _look(urls: Sequence[str], *, api_key: str) -> list[Sight]:
 
 def _describe(sight: Sight) -> Group:
     """Lay out one server: a head, a row for each policy, and what went wrong."""
-    if sight.fault:
+    said = sight.status
+    if said is None:
         return Group(Text(sight.fault, "bold red"))
-    table = Table(*_COLUMNS, title_justify="left", title=_head(sight))
+    table = Table(*_COLUMNS, title_justify="left", title=_head(sight, said))
     for name, known in sight.policies().items():
         counts = {
             action: sight.count("guard_requests_total", policy=name, action=action)
             for action in ("allow", "flag", "block")
         }
         table.add_row(
-            escape(name),
-            known.get("mode", "-"),
-            known["fingerprint"][:_SHORT],
-            known.get("certificate", "")[:_SHORT] or "-",
+            _show(name),
+            _show(known.get("mode", "-")),
+            _show(known["fingerprint"][:_SHORT]),
+            _show(known.get("certificate", "")[:_SHORT]) or "-",
             f"{sum(counts.values()):.0f}",
             _warn(counts["flag"], "yellow"),
             _warn(counts["block"], "red"),
             _warn(sight.count("guard_alarms_total", policy=name), "yellow"),
         )
-    return Group(table, _tell_counts(sight), _tell_reload(sight))
+    return Group(table, _tell_counts(sight, said), _tell_reload(sight, said))
 
 
-def _head(sight: Sight) -> str:
-    said = sight.status
+def _head(sight: Sight, said: Status) -> str:
     ready = "[green]ready[/]"
     if sight.not_ready:
-        ready = f"[bold red]not ready:[/] {escape(sight.not_ready)}"
+        ready = f"[bold red]not ready:[/] {_show(sight.not_ready)}"
     return (
-        f"[bold]{escape(sight.url)}[/]  {ready}\n"
-        f"generation {said['generation']}, file {said['fingerprint'][:_SHORT]}, "
-        f"vllm-guard {said['version']}"
+        f"[bold]{_show(sight.url)}[/]  {ready}\n"
+        f"generation {said.generation}, file {_show(said.fingerprint[:_SHORT])}, "
+        f"vllm-guard {_show(said.version)}"
     )
 
 
-def _tell_counts(sight: Sight) -> str:
+def _tell_counts(sight: Sight, said: Status) -> str:
     """Return tokens and whatever may have gone wrong with them."""
     tokens = f"{sight.count('guard_tokens_total'):.0f} tokens guarded"
     shown = {
@@ -200,21 +202,27 @@ def _tell_counts(sight: Sight) -> str:
         "let through": "guard_requests_let_through_total",
     }
     wrong = [f"{key} {_warn(sight.count(name), 'red')}" for key, name in shown.items()]
-    if sight.status.get("on_error") == "open":
+    if said.on_error == "open":
         wrong.append("[bold red]on_error: open[/]")
     return ", ".join([tokens, *wrong])
 
 
-def _tell_reload(sight: Sight) -> str:
+def _tell_reload(sight: Sight, said: Status) -> str:
     """Return when and how the policies last changed."""
     refused = sight.count("guard_policy_reloads_total", result="refused")
     told = f"{_warn(refused, 'red')} reloads refused"
-    last = sight.status.get("last_reload")
+    last = said.last_reload
     if last is None:
         return f"never reloaded, {told}"
-    reason = f" ({escape(last['reason'])})" if last.get("reason") else ""
-    at = datetime.fromtimestamp(last["at"], UTC).astimezone()
-    return f"last reload {at:%Y-%m-%d %H:%M:%S}: {last['result']}{reason}, {told}"
+    reason = f" ({_show(last.reason)})" if last.reason else ""
+    at = datetime.fromtimestamp(last.at, UTC).astimezone()
+    result = _show(last.result)
+    return f"last reload {at:%Y-%m-%d %H:%M:%S}: {result}{reason}, {told}"
+
+
+def _show(text: str) -> str:
+    """Return what a server said so that it neither colours nor steers a terminal."""
+    return escape(as_line(text))
 
 
 def _warn(count: float, colour: str) -> str:

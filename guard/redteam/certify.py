@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.progress import Progress
 
 from guard.certificate import certificate_id
@@ -147,7 +147,11 @@ class _Store:
         name = hashlib.sha256(text.encode()).hexdigest()[:24]
         path = self._folder / f"{name}.json"
         if path.exists():
-            return adapter.validate_json(path.read_bytes())
+            try:
+                return adapter.validate_json(path.read_bytes())
+            except ValidationError as error:
+                message = f"{path}: is no part of a certificate; remove it, and go on."
+                raise CertificateError(message) from error
         made = make()
         # Whole or not at all: an interrupted run must not find half of it.
         draft = path.with_suffix(".part")

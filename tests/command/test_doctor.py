@@ -342,11 +342,17 @@ def test_a_server_is_looked_at(well: Subject) -> None:
     Metrics(
         policy_file, fingerprints=fingerprints, digests={"s": "0"}, registry=registry
     )
-    served = {"default": {"fingerprint": fingerprints["default"]}}
+    served = {"default": {"mode": "enforce", "fingerprint": fingerprints["default"]}}
+    status = {
+        "version": "1.2.3",
+        "generation": 1,
+        "fingerprint": "",
+        "policies": served,
+    }
     answers = {
         "/guard/ready": (200, {"ready": True}),
         "/metrics": (200, generate_latest(registry)),
-        "/guard/status": (200, {"policies": served}),
+        "/guard/status": (200, status),
     }
     with play_server() as server:
         server.answer = lambda path, _: answers[path]

@@ -160,6 +160,15 @@ def test_a_server_without_a_guard_is_named(server: Shown) -> None:
         show(server.url)
 
 
+def test_what_a_server_says_steers_no_terminal(server: Shown) -> None:
+    server.status["version"] = "[/]\x1b[2J"
+    server.status["policies"] = {"[bold]x\x07": server.status["policies"]["default"]}
+    shown = show(server.url)
+    assert "vllm-guard [/]\\x1b[2J" in shown
+    assert "[bold]x\\x07" in shown
+    assert shown.replace("\n", "").isprintable()
+
+
 def test_watching_shows_what_changes_and_survives_a_server_that_goes(
     server: Shown,
 ) -> None:

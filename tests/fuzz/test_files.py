@@ -27,13 +27,17 @@ from redteam.paper import make_certificate
 from rich.console import Console
 from sae.test_formats import FACTOR, draw_tensors, v5, v6, write
 from specimens import draw_probe, fit_everything, watch_everything, write_certificate
+from test_generation import calibrate, make_body
+from test_generation import load as load_body
 from test_policy import FULL
 
 from guard.calibration import load_calibration, save_calibration
 from guard.certificate import read_certificate
 from guard.check import check_calibrations
+from guard.command.doctor import Subject, check_model
 from guard.drill import RecoveryEdit, load_edit, save_edit
 from guard.fingerprint import file_fingerprint
+from guard.generation import load_generation
 from guard.pipeline import StepBuffers, build_guards
 from guard.policy import load_policy
 from guard.probe import load_probe, save_probe
@@ -166,6 +170,29 @@ def make_verified(folder: Path) -> Kind:
     return Kind(path, parse, trees(content))
 
 
+def make_model(folder: Path) -> Kind:
+    """The configuration of a model, as `guard doctor` reads it."""
+    path = folder / "config.json"
+    plain = {"hidden_size": 64, "num_hidden_layers": 4, "model_type": "llama"}
+    path.write_text(json.dumps(plain))
+    changes = trees(plain, {"text_config": plain})
+    return Kind(path, lambda: check_model(Subject(model=folder)), changes)
+
+
+def make_reload(folder: Path) -> Kind:
+    """The policy file of a server that runs, when it is told to read it again."""
+    body = make_body(folder)
+    policy_file = load_body(folder, body)
+    calibrate(folder, policy_file)
+    start, path = load_generation(policy_file), folder / "policy.yaml"
+
+    def parse() -> None:
+        load_generation(load_policy(path), number=2, start=start)
+
+    changes = trees(body) | damaged(path.read_bytes(), snippets=SNIPPETS)
+    return Kind(path, parse, changes)
+
+
 def make_prompts(folder: Path) -> Kind:
     path = folder / "prompts.jsonl"
     lines: list[Any] = [
@@ -180,6 +207,8 @@ def make_prompts(folder: Path) -> Kind:
 
 KINDS: dict[str, Callable[[Path], Kind]] = {
     "policy": make_policy,
+    "policy at a reload": make_reload,
+    "model config": make_model,
     "guard cfg": lambda folder: make_sae(folder, "guard", "cfg.json"),
     "guard weights": lambda folder: make_sae(folder, "guard", "weights"),
     "sae_lens cfg": lambda folder: make_sae(folder, "sae_lens", "cfg.json"),

@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+from fuzz.limits import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +34,7 @@ json_values = st.recursive(
 )
 
 
+@fuzz
 @given(st.dictionaries(st.text(), json_values))
 def test_a_body_is_the_same_after_sealing_but_for_guard_and_ticket(body):
     body.pop("vllm_xargs", None)
@@ -71,6 +73,7 @@ def test_what_the_engine_core_cannot_be_sent_is_refused(body):
     assert caught.value.status == 400
 
 
+@fuzz
 @given(st.dictionaries(st.text(), json_values))
 def test_whatever_messagepack_can_carry_is_let_through(body):
     msgspec = pytest.importorskip("msgspec")

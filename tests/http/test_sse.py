@@ -1,5 +1,6 @@
 import itertools
 
+from fuzz.limits import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +49,7 @@ def test_data_lines_comments_and_line_endings_are_understood():
     ]
 
 
+@fuzz
 @given(cuts(st.just(STREAM)))
 def test_any_cut_gives_the_same_events(cut):
     assert read(cut[1]) == read([STREAM])
@@ -58,6 +60,7 @@ soup = st.lists(
 ).map(b"".join)
 
 
+@fuzz
 @given(cuts(soup))
 def test_any_cut_of_any_bytes_gives_the_same_events_and_loses_no_byte(cut):
     whole, chunks = cut
@@ -72,6 +75,7 @@ def test_an_event_is_complete_with_its_blank_line_and_not_later():
     assert [event.data for event in reader.feed(b"\n")] == ["a"]
 
 
+@fuzz
 @given(st.text().filter(lambda text: not set(text) & {"\r", "\n"}))
 def test_what_is_written_is_read_back(text):
     assert [event.data for event in read([write_event(text)])] == [text]

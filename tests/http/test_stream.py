@@ -2,6 +2,7 @@ import itertools
 import json
 
 import pytest
+from fuzz.limits import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -198,6 +199,7 @@ def test_an_unfinished_last_event_is_judged_too():
     assert is_failure(out)
 
 
+@fuzz
 @given(st.data())
 def test_the_answer_does_not_depend_on_how_its_bytes_are_cut(data):
     verdicts = {0: make_verdict(), 1: make_verdict("block")}
