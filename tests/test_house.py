@@ -111,7 +111,9 @@ def test_every_make_target_that_a_page_names_exists(page: str) -> None:
     assert named <= targets
 
 
-@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/threat-model.md"])
+@pytest.mark.parametrize(
+    "name", ["CONTRIBUTING.md", "docs/threat-model.md", "docs/limits.md"]
+)
 def test_every_test_that_a_page_names_exists(name: str) -> None:
     page = (ROOT / name).read_text()
     named = re.findall(r"(test_\w+\.py)(?:::(\w+))?", page)
