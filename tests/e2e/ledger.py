@@ -27,6 +27,7 @@ FAULTS = (
     "`on_error: open`, the model computes NaN, no monitor",
     "a request is given the KV blocks of one that computed NaN",
     "the engine core hangs",
+    "a worker hangs",
     "the disk is full",
     "no process has a file descriptor left",
     "a storm of harmless signals, stops and continues",
@@ -57,6 +58,15 @@ zeroed before another one is given it.
 
 Told to end, vLLM kills its engines and then waits without end for the connections of
 those who hope for more of an answer; the guard ends each with an `error` event.
+
+For an engine core that hangs vLLM waits without end, and so do clients; for a worker at
+most as long as the row says, then the server ends. Until then `/guard/ready` tells and
+`/health` does not: readiness by the former keeps clients away, and what does not come
+back by itself must be started again, by hand or by a liveness probe of `/guard/ready`
+with more patience than the longest step takes.
+
+"The disk is full" is tried with one API server and `RLIMIT_FSIZE` at 0: writing fails
+with EFBIG, where a full disk says ENOSPC.
 
 What is not here vLLM does alone. Seconds from a killed process to not ready are in
 [faults.json](../benchmarks/results/faults.json).

@@ -67,7 +67,14 @@ NAN_POLICIES = {
     "the model computes NaN, a monitor flags": "default",
     "the model computes NaN, no monitor": "open",
 }
-HUNG = {"the engine core hangs": "EngineCor"}
+HUNG = {
+    "the engine core hangs": ("EngineCor", ""),
+    "a worker hangs": (
+        "Worker",
+        ", at most `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS` (300)",
+    ),
+}
+"""Name of the process, and how long vLLM lets it."""
 
 
 def start(
@@ -209,11 +216,12 @@ def test_who_is_let_through_is_in_the_log_and_cannot_flood_it(
 def test_what_hangs_is_not_ready_and_goes_on_where_it_was(
     fault: str, server: Server, faults: Faults, ledger: Ledger
 ) -> None:
+    name, limit_of_vllm = HUNG[fault]
     calm = Caller(server, max_tokens=200).begin().end()
     operator = Operator(server)
     with faults.on("slow-steps"):
         caller = Caller(server, max_tokens=200).begin()
-        with stopped(*find_processes(server, HUNG[fault])):
+        with stopped(*find_processes(server, name)):
             limit = time_not_ready(server)
             assert seconds_until_not_ready(server, time.monotonic()) < limit
             hung = operator.describe()
@@ -230,7 +238,7 @@ def test_what_hangs_is_not_ready_and_goes_on_where_it_was(
     wait_until(lambda: server.metrics()["guard_ready"] == 1, "shown as ready")
     ledger.enter(
         fault,
-        client=f"waits until it goes on, at most vLLM's own limit: {caller.describe()}",
+        client=f"waits until it goes on{limit_of_vllm}: {caller.describe()}",
         operator=f"while it hangs: {hung}",
     )
 
