@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.operator import TOKEN, Operator, Policies
-from benchmarks.series import describe_reloads
+from benchmarks.series import FEW_PRIMITIVES, describe_reloads
 from guard.demo.measure import ORGANISM
 from guard.demo.show import OPTIONS
 from guard.provenance import ROOT, describe_run
@@ -43,12 +43,6 @@ BAD_EVERY = 10
 """One of so many reloads is of a bad file."""
 MAX_GROWTH = 0.5
 """MB of memory for every 100 reloads, under which it counts as flat."""
-ENVIRONMENT = {
-    "GUARD_ADMIN_TOKEN": TOKEN,
-    # oneDNN keeps what it made for each new shape of a step, 1,024 of them if it may:
-    # under requests memory would grow for that, reloads or none.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
-}
 _END_SECONDS = 120
 """What all clients are given for their last answers."""
 
@@ -183,7 +177,8 @@ def main(
         url = f"http://127.0.0.1:{port}"
         command = ["guard", "serve", str(ORGANISM / "model")]
         command += ["--policy", str(policies.path), *OPTIONS]
-        with run_server(command, port=port, log=log, environment=ENVIRONMENT) as server:
+        environment = {"GUARD_ADMIN_TOKEN": TOKEN, **FEW_PRIMITIVES}
+        with run_server(command, port=port, log=log, environment=environment) as server:
             wait_until_ready(url, server, log)
             with httpx.Client(base_url=url, timeout=120) as client:
                 operator = Operator(client, server.pid)
