@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
@@ -33,6 +34,14 @@ _INTERRUPTED = 130
 """What a shell expects of a command that Ctrl-C ended."""
 
 UrlOption = Annotated[str, typer.Option("--url", help="Of the server.")]
+AdminOption = Annotated[
+    str,
+    typer.Option(
+        envvar="GUARD_ADMIN_TOKEN",
+        help="As the server was given it; everybody sees an argument, so rather in the "
+        "environment.",
+    ),
+]
 KeyOption = Annotated[
     str,
     typer.Option("--api-key", envvar="VLLM_API_KEY", help="Where it checks keys."),
@@ -335,14 +344,7 @@ def certify(
 def drill(
     *,
     url: UrlOption = _LOCAL,
-    admin_token: Annotated[
-        str,
-        typer.Option(
-            envvar="GUARD_ADMIN_TOKEN",
-            help="As the server was given it; everybody sees an argument, so rather "
-            "in the environment.",
-        ),
-    ] = "",
+    admin_token: AdminOption = "",
     api_key: KeyOption = "",
     policy: Annotated[
         list[str] | None,
@@ -402,18 +404,21 @@ def status(
         bool, typer.Option("--json", help="Print /guard/status as it comes.")
     ] = False,
     api_key: KeyOption = "",
+    admin_token: AdminOption = "",
 ) -> None:
     """Show what running servers say of their guard, and what it did."""
+    from guard.client import Client
     from guard.command import status as command
 
     urls = url or [_LOCAL]
+    connect = partial(Client, api_key=api_key, admin_token=admin_token)
     if as_json:
-        for said in command.tell_status(urls, api_key=api_key):
+        for said in command.tell_status(urls, connect=connect):
             typer.echo(said)
     elif watch:
-        command.watch_servers(urls, api_key=api_key, every=every, console=Console())
+        command.watch_servers(urls, connect=connect, every=every, console=Console())
     else:
-        command.show_servers(urls, api_key=api_key, console=Console())
+        command.show_servers(urls, connect=connect, console=Console())
 
 
 def main() -> None:

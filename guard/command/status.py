@@ -6,7 +6,7 @@ served, `/metrics` says what happened.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +31,9 @@ _COLUMNS = (
     *("policy", "mode", "fingerprint", "certificate"),
     *("requests", "flagged", "blocked", "alarms"),
 )
+
+Connect = Callable[..., Client]
+"""Makes the client of a server from its URL, with whatever keys there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +79,9 @@ class Sight:
         return found
 
 
-def look_at(url: str, *, api_key: str = "") -> Sight:
+def look_at(url: str, *, connect: Connect = Client) -> Sight:
     """Ask one server; what is wrong with it is part of what is seen."""
-    client = Client(url, api_key=api_key, patience=_PATIENCE)
+    client = connect(url, patience=_PATIENCE)
     try:
         said, samples = client.read_status(), client.read_metrics()
     except EngineError as error:
@@ -90,14 +93,14 @@ def look_at(url: str, *, api_key: str = "") -> Sight:
     return Sight(url, status=said, samples=samples)
 
 
-def tell_status(urls: Sequence[str], *, api_key: str) -> Iterator[str]:
+def tell_status(urls: Sequence[str], *, connect: Connect) -> Iterator[str]:
     """Yield `/guard/status` of each server, as it comes, in JSON to read.
 
     Raises:
         EngineError: A server cannot be reached, or refuses.
     """
     for url in urls:
-        said = Client(url, api_key=api_key).call("/guard/status")
+        said = connect(url).call("/guard/status")
         try:
             yield json.dumps(said, indent=2)
         except RecursionError as error:
@@ -105,13 +108,13 @@ def tell_status(urls: Sequence[str], *, api_key: str) -> Iterator[str]:
             raise EngineError(message) from error
 
 
-def show_servers(urls: Sequence[str], *, api_key: str, console: Console) -> None:
+def show_servers(urls: Sequence[str], *, connect: Connect, console: Console) -> None:
     """Print what is seen of each server now.
 
     Raises:
         EngineError: One cannot be reached, or is not ready; the others are shown.
     """
-    sights = _look(urls, api_key=api_key)
+    sights = _look(urls, connect=connect)
     seen = [sight for sight in sights if not sight.fault]
     if seen:
         console.print(Group(*map(_describe, seen)))
@@ -123,7 +126,7 @@ def show_servers(urls: Sequence[str], *, api_key: str, console: Console) -> None
 def watch_servers(
     urls: Sequence[str],
     *,
-    api_key: str,
+    connect: Connect,
     every: float,
     console: Console,
     rounds: int | None = None,
@@ -132,14 +135,14 @@ def watch_servers(
 
     Args:
         urls: Of the servers.
-        api_key: Where they check keys.
+        connect: Makes the client of a server, with its keys.
         every: Seconds between two looks.
         console: Where it is shown; in place on a terminal, else one after the other.
         rounds: How many looks; None is for ever.
     """
     with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while rounds is None or rounds > 0:
-            sights = _look(urls, api_key=api_key)
+            sights = _look(urls, connect=connect)
             now = datetime.now(UTC).astimezone()
             footer = Text(f"{now:%H:%M:%S}, every {every:g} s; Ctrl-C ends", "dim")
             view = Group(*map(_describe, sights), footer)
@@ -152,10 +155,10 @@ def watch_servers(
             time.sleep(every if rounds != 0 else 0)
 
 
-def _look(urls: Sequence[str], *, api_key: str) -> list[Sight]:
+def _look(urls: Sequence[str], *, connect: Connect) -> list[Sight]:
     """Look at every server at once, so that one that hangs holds up no other."""
     with ThreadPoolExecutor(len(urls)) as pool:
-        return list(pool.map(lambda url: look_at(url, api_key=api_key), urls))
+        return list(pool.map(lambda url: look_at(url, connect=connect), urls))
 
 
 def _describe(sight: Sight) -> Group:

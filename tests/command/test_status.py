@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
 from specimens import make_policy_file
 
+from guard.cli import main
+from guard.client import Client
 from guard.command.status import look_at, show_servers, watch_servers
 from guard.errors import EngineError
 from guard.metrics import Metrics
@@ -80,7 +83,7 @@ def server() -> Iterator[Shown]:
 
 def show(*urls: str) -> str:
     screen = io.StringIO()
-    show_servers(urls, api_key="", console=Console(file=screen, width=160))
+    show_servers(urls, connect=Client, console=Console(file=screen, width=160))
     return screen.getvalue()
 
 
@@ -147,11 +150,25 @@ def test_a_server_that_cannot_be_reached_hides_no_other(server: Shown) -> None:
     gone = "http://127.0.0.1:9"
     with pytest.raises(EngineError) as refused:
         show_servers(
-            [gone, server.url], api_key="", console=Console(file=screen, width=160)
+            [gone, server.url], connect=Client, console=Console(file=screen, width=160)
         )
     assert str(refused.value).startswith(f"{gone} does not answer as a guarded server")
     assert str(refused.value).count("\n") == 0
     assert server.url in screen.getvalue()
+
+
+def test_secrets_come_from_the_environment(
+    server: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "sk-1")
+    monkeypatch.setenv("GUARD_ADMIN_TOKEN", "token")
+    monkeypatch.setattr(sys, "argv", ["guard", "status", "--url", server.url])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    asked = {path: headers for path, headers, _ in server.played.asked}
+    assert asked["/guard/status"]["authorization"] == "Bearer sk-1"
+    assert asked["/guard/status"]["x-guard-admin-token"] == "token"
 
 
 def test_a_server_without_a_guard_is_named(server: Shown) -> None:
@@ -176,9 +193,9 @@ def test_watching_shows_what_changes_and_survives_a_server_that_goes(
     console = Console(file=screen, width=160)
     urls = [server.url, "http://127.0.0.1:9"]
     finish(server.metrics, "block")
-    watch_servers(urls, api_key="", every=0.01, console=console, rounds=1)
+    watch_servers(urls, connect=Client, every=0.01, console=console, rounds=1)
     assert "http://127.0.0.1:9 does not answer as a guarded server" in screen.getvalue()
     assert re.search(r"│ +1 +│ +0 +│ +1 +│ +0 +│", screen.getvalue())
     asked = [path for path, _, _ in server.played.asked]
-    watch_servers(urls, api_key="", every=0.01, console=console, rounds=3)
+    watch_servers(urls, connect=Client, every=0.01, console=console, rounds=3)
     assert len(server.played.asked) == 4 * len(asked)

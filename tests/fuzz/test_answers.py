@@ -150,16 +150,16 @@ def hostile() -> Iterator[Hostile]:
 def show(url: str) -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=200)
-    watch_servers([url], api_key="", every=1, console=console, rounds=1)
+    watch_servers([url], connect=Client, every=1, console=console, rounds=1)
     try:
-        show_servers([url], api_key="", console=console)
+        show_servers([url], connect=Client, console=console)
     finally:
         said = screen.getvalue().replace("\n", "")
         assert said.isprintable(), repr(said)
 
 
 def write_status(url: str) -> None:
-    for said in tell_status([url], api_key=""):
+    for said in tell_status([url], connect=Client):
         assert said.isascii()
 
 
