@@ -127,9 +127,9 @@ def test_a_reload_changes_what_new_requests_run_under_and_none_in_flight(
 def test_other_statistics_score_new_requests_and_none_in_flight(
     server: Server, folder: PolicyFolder, faults: Faults
 ) -> None:
-    fields: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "trace": "summary"}
+    fields: dict[str, Any] = {"max_tokens": 200, "ignore_eos": True, "trace": "summary"}
     plain = largest(ask(server, PROMPT, **fields))
-    long = {"max_tokens": 60, "guard": {"trace": "summary"}}
+    long = {"max_tokens": 200, "guard": {"trace": "summary"}}
     with faults.on("slow-steps"), in_flight(server, PROMPT, **long) as begun:
         twice = watch("twice.safetensors")
         folder.write(PLAIN | {"default": {"clamps": [HOLD], "monitors": [twice]}})
