@@ -92,17 +92,13 @@ def toy_server(
     steps: StepRecord,
     start_shared_server: ServerFactory,
 ) -> Server:
-    """Serve the toy under `TOY_POLICIES`, tripwires and drills, compiled.
-
-    It logs all it can, for `test_secrets.py` to look through.
-    """
+    """Serve the toy under `TOY_POLICIES`, tripwires and drills, compiled."""
     policies = tripwires.add_to(TOY_POLICIES)
     return start_shared_server(
         toy.model,
         toy.write_policy("shared", drills.add_to(policies)),
         *("--block-size", "32", "--enable-prompt-tokens-details"),
-        environment=steps.begin()
-        | {"GUARD_ADMIN_TOKEN": ADMIN_TOKEN, "VLLM_LOGGING_LEVEL": "DEBUG"},
+        environment=steps.begin() | {"GUARD_ADMIN_TOKEN": ADMIN_TOKEN},
     )
 
 

@@ -1,4 +1,4 @@
-"""A running server that logs all it can tells nobody its secrets."""
+"""A running server that has keys and logs all it can tells nobody its secrets."""
 
 import re
 from collections.abc import Iterator
@@ -6,10 +6,18 @@ from pathlib import Path
 
 import httpx
 import pytest
-from e2e.drills import ADMIN_TOKEN
-from e2e.serving import Server
+from e2e.drills import ADMIN_TOKEN, Drills
+from e2e.serving import TOY_POLICIES, Server, ServerFactory, Toy
 
-KEY = "sk-a-key-nobody-knows-of"
+KEYS = ["sk-a-key-of-the-file", "sk-another-key-of-the-file"]
+SECRETS = {
+    "key of the file": KEYS[0],
+    "other key of the file": KEYS[1],
+    "key of the environment": "sk-a-key-of-the-environment",
+    "admin token": ADMIN_TOKEN,
+    "wrong key": "sk-of-somebody-who-is-mistaken",
+    "wrong token": "of-no-administrator-at-all",
+}
 PROMPT = "w21 w7 w33 w54"
 BODIES = [
     {"model": "model", "prompt": PROMPT, "max_tokens": 2},
@@ -44,27 +52,52 @@ def processes_of(server: Server) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def answers(toy_server: Server) -> str:
+def policy(toy: Toy, drills: Drills) -> Path:
+    return toy.write_policy("secrets", drills.add_to(TOY_POLICIES))
+
+
+@pytest.fixture(scope="module")
+def server(toy: Toy, policy: Path, start_server: ServerFactory) -> Server:
+    """Serve with keys in a file, one in the environment, and an administrator."""
+    keys = policy.with_name("keys.yaml")
+    keys.write_text(f"api-key: [{', '.join(KEYS)}]\n")
+    return start_server(
+        toy.model,
+        policy,
+        *("--config", str(keys), "--enforce-eager"),
+        environment={
+            "GUARD_ADMIN_TOKEN": ADMIN_TOKEN,
+            "VLLM_API_KEY": SECRETS["key of the environment"],
+            "VLLM_LOGGING_LEVEL": "DEBUG",
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def answers(server: Server, policy: Path) -> str:
     """Everything the server says: to good requests, to bad ones, to all who ask."""
+    policy.write_text("no policy at all")
     said = []
-    for token in (ADMIN_TOKEN, "wrong" * 5, None):
-        headers = {"authorization": f"Bearer {KEY}"}
-        headers |= {"x-guard-admin-token": token} if token else {}
-        with httpx.Client(base_url=toy_server.url, headers=headers) as client:
-            said += [
-                client.post("/v1/completions", json=body, timeout=60) for body in BODIES
-            ]
-            said += [client.get(route) for route in ROUTES]
-            said.append(client.post("/v1/completions", content=b"{", timeout=60))
-    assert {200, 400, 403, 404} <= {answer.status_code for answer in said}
+    for key in (*KEYS, SECRETS["wrong key"]):
+        for token in (ADMIN_TOKEN, SECRETS["wrong token"], None):
+            headers = {"authorization": f"Bearer {key}"}
+            headers |= {"x-guard-admin-token": token} if token else {}
+            with httpx.Client(
+                base_url=server.url, headers=headers, timeout=60
+            ) as client:
+                said += [client.post("/v1/completions", json=body) for body in BODIES]
+                said += [client.get(route) for route in ROUTES]
+                said.append(client.post("/v1/completions", content=b"{"))
+                said.append(client.post("/guard/reload"))
+    assert {200, 400, 401, 403, 404, 422} <= {answer.status_code for answer in said}
     return "\n".join(f"{answer.headers}\n{answer.text}" for answer in said)
 
 
 @pytest.fixture(scope="module")
-def secrets(toy_server: Server) -> dict[str, str]:
+def secrets(server: Server) -> dict[str, str]:
     """What nobody may read, as the server's own processes know it."""
-    found = {"key": KEY, "admin token": ADMIN_TOKEN}
-    for process in processes_of(toy_server):
+    found = dict(SECRETS)
+    for process in processes_of(server):
         if secret := environment_of(process).get("GUARD_SECRET"):
             found["ticket secret"] = secret
     assert len(found["ticket secret"]) == 64
@@ -84,10 +117,10 @@ def test_no_answer_and_no_metric_holds_a_secret(
 
 
 def test_a_log_of_everything_holds_no_secret_no_ticket_and_no_prompt(
-    toy_server: Server, answers: str, secrets: dict[str, str]
+    server: Server, answers: str, secrets: dict[str, str]
 ) -> None:
     assert answers
-    log = toy_server.log.read_text(errors="replace")
+    log = server.log.read_text(errors="replace")
     assert re.search(r"DEBUG", log), "the server did not log all it can"
     assert leaks(log, secrets) == []
     assert not re.search(r"g1\.[A-Za-z0-9_=-]{40,}\.", log), "a ticket"
@@ -95,7 +128,7 @@ def test_a_log_of_everything_holds_no_secret_no_ticket_and_no_prompt(
 
 
 def test_no_process_shows_a_secret_in_its_arguments(
-    toy_server: Server, answers: str, secrets: dict[str, str]
+    server: Server, answers: str, secrets: dict[str, str]
 ) -> None:
     assert answers
     shown = [
@@ -105,7 +138,7 @@ def test_no_process_shows_a_secret_in_its_arguments(
     ]
     own = [
         (process / "cmdline").read_bytes().decode(errors="replace")
-        for process in processes_of(toy_server)
+        for process in processes_of(server)
     ]
     assert len(own) >= 3
     assert leaks("\n".join(shown + own), secrets) == []
