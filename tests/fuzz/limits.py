@@ -32,7 +32,7 @@ fuzz = settings(
     database=None,
     # The same cases every time in the suite, others every time in `make fuzz`.
     derandomize="GUARD_FUZZ_CASES" not in os.environ,
-    phases=[Phase.generate, Phase.shrink],
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
     deadline=None,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 from fuzz.limits import attempt, fuzz
 from fuzz.mutation import TEXTS, changed, damaged, odd_values, write_json
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from guard.http.keys import AdminToken, KeyRing
@@ -44,7 +44,7 @@ headers = st.lists(st.tuples(names, values), max_size=6)
 
 @st.composite
 def pieces(draw: st.DrawFn, body: bytes) -> list[dict[str, Any]]:
-    """A body as it comes, in a few messages; or its client is gone before the end."""
+    """A body as it comes, in a few messages; its client waits, or is gone before."""
     messages = []
     while len(messages) < 4 and body:
         at = draw(st.integers(0, len(body)))
@@ -52,8 +52,7 @@ def pieces(draw: st.DrawFn, body: bytes) -> list[dict[str, Any]]:
         body = body[at:]
     if draw(st.integers(0, 9)) == 0:
         return [*messages, {"type": "http.disconnect"}]
-    last = {"type": "http.request", "body": body}
-    return [*messages, last, {"type": "http.disconnect"}]
+    return [*messages, {"type": "http.request", "body": body}]
 
 
 others = ["/v1/chat/completions/", "/guard/status", "/v1/responses"]
@@ -88,7 +87,10 @@ def test_any_request_is_answered_once_and_let_in_only_with_a_ticket(
         }
 
         async def receive() -> Any:
-            return body.pop(0) if body else {"type": "http.disconnect"}
+            if not body:
+                await anyio.sleep_forever()
+            is_gone = body[0]["type"] == "http.disconnect"
+            return body[0] if is_gone else body.pop(0)
 
         async def take(message: Any) -> None:
             sent.append(message)
@@ -97,6 +99,7 @@ def test_any_request_is_answered_once_and_let_in_only_with_a_ticket(
         return sent
 
     @fuzz
+    @example(("/v1/completions/", [("host", KEY)], [{"type": "http.request"}]), False)
     @given(requests, st.booleans())
     def try_one(request: Any, checks_keys: bool) -> None:
         path, head, body = request
@@ -114,7 +117,8 @@ def test_any_request_is_answered_once_and_let_in_only_with_a_ticket(
         told = b"".join(one.get("body", b"") for one in sent)
         shown = told + repr(starts[0]["headers"]).encode()
         for hidden in (TOKEN, KEY, SECRET.decode(), TICKET_KEY + '":'):
-            assert hidden.encode() not in shown or hidden in str(body)
+            # Starlette redirects to the host that the client himself named.
+            assert hidden.encode() not in shown or hidden in str((head, body))
         if starts[0]["status"] >= 400 and path in PATHS:
             assert len(told) < 1000
             assert json.loads(told)["error"]["message"]
