@@ -6,7 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from typing import Annotated, Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -116,6 +116,8 @@ class Client:
             request = urllib.request.Request(self._url + path, data, self._headers)
             with urllib.request.urlopen(request, timeout=self._patience) as answer:
                 content = bytes(answer.read(_MAX_BYTES + 1))
+                if answer.length and len(content) <= _MAX_BYTES:
+                    raise IncompleteRead(content, answer.length)
         except urllib.error.HTTPError as error:
             message = f"{self._url}{path} answered {error.code}: {_words(error)}"
             raise EngineError(message) from error

@@ -1,6 +1,8 @@
 """The client of a running server, against a small server that answers what it must."""
 
 import json
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -143,6 +145,25 @@ def test_an_answer_without_an_end_is_not_read(
     size = 2
     with pytest.raises(EngineError, match="/guard/status answers without an end; exp"):
         Client(server.url).call("/guard/status")
+
+
+def test_an_answer_that_is_cut_off_is_not_taken_for_a_short_one() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(
+                    b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\nshort"
+                )
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(EngineError, match=r"IncompleteRead\(5 bytes read, 15 more"):
+            Client(url).fetch("/metrics")
+        answering.join()
 
 
 def test_a_refused_prompt_keeps_the_words_of_the_server(server: Played) -> None:
