@@ -17,10 +17,13 @@ __all__ = [
     "describe_memory",
     "describe_reloads",
     "fit_slope",
+    "is_flat",
 ]
 
 FEW_PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 """Environment of a server whose memory is watched."""
+FLAT_SHARE = 0.01
+"""By how much memory may grow in the second half, relative to what it was there."""
 WARM = 0.2
 """Share of the samples before the first that counts: what is filled once has been."""
 PIECES = 10
@@ -71,6 +74,11 @@ def fit_slope(points: Sequence[tuple[float, float]]) -> Slope | None:
     errors = sum((y - y_mean - value * (x - x_mean)) ** 2 for x, y in pairs)
     reach = _STUDENT * math.sqrt(errors / (PIECES - 2) / spread)
     return Slope(value, value - reach, value + reach)
+
+
+def is_flat(half: float, end: float) -> bool:
+    """Whether memory is the same at the end as when half was done, in any unit."""
+    return end <= half * (1 + FLAT_SHARE)
 
 
 def describe_memory(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from benchmarks.series import (
     Sample,
     describe_memory,
     describe_reloads,
+    is_flat,
 )
 from benchmarks.steps import StepRecord
 from guard.provenance import ROOT, describe_run
@@ -46,8 +47,6 @@ CLIENTS = 24
 """More than the server runs at once: the others wait."""
 RELOAD_SECONDS = 3.0
 SAMPLE_SECONDS = 5.0
-FLAT_SHARE = 0.01
-"""By how much memory may grow in the second half, relative to what it was there."""
 
 
 @dataclass
@@ -208,8 +207,8 @@ def find_faults(part: Mapping[str, Any]) -> list[str]:
         "reloads ended otherwise than they should": (
             wanted <= reloads.keys() and reloads.keys() <= wanted | {"good 409"}
         ),
-        "memory grew until the end": (
-            memory["rss_end_mb"] <= memory["rss_half_mb"] * (1 + FLAT_SHARE)
+        "memory grew until the end": is_flat(
+            memory["rss_half_mb"], memory["rss_end_mb"]
         ),
     }
     return [f"{part['model']}: {text}" for text, holds in checks.items() if not holds]
