@@ -11,7 +11,6 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -173,7 +172,6 @@ def main(
     streams: Annotated[int, typer.Option(min=50, help="Per variant.")] = 1000,
 ) -> None:
     """Measure the ends of streams, guarded and not."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     about = describe_run()
     prompts = json.loads((ORGANISM / "prompts.json").read_text(encoding="utf-8"))
     texts = [prompt["text"] for prompt in prompts if prompt["kind"] == "b"]

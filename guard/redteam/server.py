@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from guard.errors import EngineError
 
@@ -36,7 +37,7 @@ def run_server(
     log: Path,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server, and end all of it with the context.
+    """Run a server, and end all of it with the context, or with this process.
 
     Args:
         command: What `python -m` runs; takes the options of `vllm serve`.
@@ -63,13 +64,34 @@ def run_server(
             start_new_session=True,
         )
     try:
-        yield server
+        with _unwinding():
+            yield server
     finally:
         for end in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, end)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(timeout=_END_SECONDS)
+
+
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind like Ctrl-C, or what was started stays behind."""
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        both = (signal.SIGTERM, signal.SIGHUP)
+        ours = [n for n in both if signal.getsignal(n) is signal.SIG_DFL]
+    try:
+        for number in ours:
+            signal.signal(number, _exit)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def find_free_port() -> int:

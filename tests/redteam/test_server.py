@@ -1,0 +1,60 @@
+"""A server that others start ends with them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from guard.redteam.server import find_free_port
+
+SERVER = """
+import time
+print("up", flush=True)
+time.sleep(600)
+"""
+STARTER = """
+import sys, time
+from pathlib import Path
+from guard.redteam.server import run_server
+folder = Path(sys.argv[1])
+with run_server(["server"], port={port}, log=folder / "log") as server:
+    (folder / "pid").write_text(str(server.pid))
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whoever_is_told_to_end_takes_his_server_along(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    script = tmp_path / "starter.py"
+    script.write_text(STARTER.format(port=find_free_port()))
+    paths = [str(tmp_path), *sys.path]
+    starter = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: (tmp_path / "log").exists() and "up" in read(tmp_path / "log"))
+    server = int(read(tmp_path / "pid"))
+    assert Path(f"/proc/{server}").exists()
+    starter.send_signal(number)
+    assert starter.wait(timeout=60) != 0
+    # Its own parent has waited for it: not even its remains are left.
+    assert not Path(f"/proc/{server}").exists()
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def wait_until(happened: object) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
