@@ -21,6 +21,19 @@ class Played:
 
 
 @contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve on a free port until the block ends, and yield the URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{http.server_address[1]}"
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
 def play_server() -> Iterator[Played]:
     """Play a server on a free port until the block ends."""
     played = Played()
@@ -45,12 +58,5 @@ def play_server() -> Iterator[Played]:
         def log_message(self, *_args: object) -> None:
             return
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, args=(0.05,))
-        thread.start()
-        played.url = f"http://127.0.0.1:{http.server_address[1]}"
-        try:
-            yield played
-        finally:
-            http.shutdown()
-            thread.join()
+    with serving(Handler) as played.url:
+        yield played

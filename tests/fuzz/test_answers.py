@@ -3,11 +3,10 @@
 import contextlib
 import io
 import json
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fuzz.limits import attempt, fuzz
 from fuzz.mutation import changed, damaged, write_json
 from hypothesis import given
 from hypothesis import strategies as st
+from played import serving
 from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
 from specimens import AT, make_calibration, make_monitor, make_policy_file
@@ -136,15 +136,8 @@ def hostile() -> Iterator[Hostile]:
             with contextlib.suppress(OSError):  # who asked may be gone
                 super().handle()
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, args=(0.05,))
-        thread.start()
-        played.url = f"http://127.0.0.1:{http.server_address[1]}"
-        try:
-            yield played
-        finally:
-            http.shutdown()
-            thread.join()
+    with serving(Handler) as played.url:
+        yield played
 
 
 def show(url: str) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,8 @@ def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def wait_until(happened: object) -> None:
+def wait_until(happened: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
-    while not happened():  # type: ignore[operator]
+    while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.05)

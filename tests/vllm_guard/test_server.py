@@ -149,6 +149,16 @@ def serve(endpoint: server.GuardEndpoint) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://guard")
 
 
+def put_desk(
+    state: context.Context, monkeypatch: pytest.MonkeyPatch, *, token: str | None
+) -> None:
+    """Let the process have a desk at which everybody is offered `open`."""
+    desk = SimpleNamespace(
+        admin=AdminToken(token), offer=lambda _key: ["open"], oldest_generation=1
+    )
+    monkeypatch.setattr(state, "board", SimpleNamespace(desk=desk))
+
+
 @pytest.mark.parametrize(
     ("route", "status", "said"),
     [("ready", 503, {"ready": False}), ("status", 200, {"engines": None})],
@@ -161,10 +171,7 @@ def test_who_asks_about_an_engine_that_hangs_is_answered(
     state: context.Context,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    desk = SimpleNamespace(
-        admin=AdminToken(None), offer=lambda _key: ["open"], oldest_generation=1
-    )
-    monkeypatch.setattr(state, "board", SimpleNamespace(desk=desk))
+    put_desk(state, monkeypatch, token=None)
     endpoint = server.GuardEndpoint()
 
     async def ask() -> httpx.Response:
@@ -180,8 +187,7 @@ def test_who_asks_about_an_engine_that_hangs_is_answered(
 def test_a_reload_does_not_wait_for_an_engine_that_died(
     hung: Any, state: context.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk = SimpleNamespace(oldest_generation=1)
-    monkeypatch.setattr(state, "board", SimpleNamespace(desk=desk))
+    put_desk(state, monkeypatch, token=None)
 
     async def wait() -> None:
         waiting = asyncio.ensure_future(follow(hung).follow())
@@ -223,10 +229,7 @@ def test_why_a_reload_was_refused_is_the_administrators_where_there_is_one(
     state: context.Context,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    desk = SimpleNamespace(
-        admin=AdminToken(token), offer=lambda _key: ["open"], oldest_generation=1
-    )
-    monkeypatch.setattr(state, "board", SimpleNamespace(desk=desk))
+    put_desk(state, monkeypatch, token=token)
     endpoint = server.GuardEndpoint()
     headers = {} if shown is None else {"x-guard-admin-token": shown}
 
