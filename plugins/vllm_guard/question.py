@@ -7,9 +7,10 @@ import asyncio
 import math
 import os
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
-__all__ = ["ANSWER_VARIABLE", "answer_seconds", "ask", "await_answer"]
+__all__ = ["ANSWER_VARIABLE", "answer_seconds", "ask", "await_answer", "share"]
 
 ANSWER_VARIABLE = "GUARD_ANSWER_SECONDS"
 """How long engines may take to answer for the guard, where 10 seconds are not right: a
@@ -17,10 +18,25 @@ step that is under way comes first."""
 _ANSWER_SECONDS = 10.0
 _PAUSE_SECONDS = 0.1
 
+_T = TypeVar("_T")
+
 
 def answer_seconds() -> float:
     """Return how long engines may take to answer."""
     return float(os.environ.get(ANSWER_VARIABLE) or _ANSWER_SECONDS)
+
+
+def share(
+    question: asyncio.Future[_T] | None, begin: Callable[[], Awaitable[_T]]
+) -> asyncio.Future[_T]:
+    """Return the question that is under way, or begin one.
+
+    All who ask meanwhile wait for the same answer: an engine that hangs is not left
+    with a queue of them.
+    """
+    if question is not None and not question.done():
+        return question
+    return asyncio.ensure_future(begin())
 
 
 async def ask(

@@ -26,7 +26,7 @@ from guard.metrics import ReloadResult
 from guard.policy import PolicyFile, parse_policy, read_policy
 from vllm_guard import context
 from vllm_guard.lookout import Lookout
-from vllm_guard.question import answer_seconds, ask, await_answer
+from vllm_guard.question import answer_seconds, ask, await_answer, share
 from vllm_guard.reload import Offer, adopt, write_notice
 
 __all__ = ["WAIT_SECONDS", "Outcome", "Rollout", "read_keys"]
@@ -270,8 +270,7 @@ class Rollout:
         Raises:
             TimeoutError: They are dead, or did not answer in time.
         """
-        if self._question is None or self._question.done():
-            self._question = asyncio.ensure_future(self._follow())
+        self._question = share(self._question, self._follow)
         await await_answer(self._client, self._question, seconds=seconds)
 
     async def _follow(self) -> None:

@@ -3,7 +3,6 @@
 Runs in each API server.
 """
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -25,7 +24,7 @@ from guard.http.openai import error_body
 from guard.metrics import Metrics, ReloadResult
 from vllm_guard import context, ending
 from vllm_guard.pulse import Pulse
-from vllm_guard.question import answer_seconds, ask, await_answer
+from vllm_guard.question import answer_seconds, ask, await_answer, share
 from vllm_guard.rollout import WAIT_SECONDS, Rollout, read_keys
 
 if TYPE_CHECKING:
@@ -244,10 +243,9 @@ async def ask_engines(client: Any) -> list[list[dict[str, Any]]]:
     Raises:
         TimeoutError: They did not answer in time, or are dead.
     """
-    question = getattr(client, "guard_question", None)
-    if question is None or question.done():
-        call = ("collective_rpc", "guard_status", None, (), None)
-        question = client.guard_question = asyncio.ensure_future(ask(client, *call))
+    call = ("collective_rpc", "guard_status", None, (), None)
+    known = getattr(client, "guard_question", None)
+    question = client.guard_question = share(known, lambda: ask(client, *call))
     answers: list[list[dict[str, Any]]] = await await_answer(
         client, question, seconds=answer_seconds()
     )
