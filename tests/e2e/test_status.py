@@ -61,5 +61,7 @@ def test_a_watch_goes_on_until_it_is_interrupted(toy_server: Server) -> None:
         while looks < 2 and (line := process.stdout.readline()):
             looks += toy_server.url in line
         process.send_signal(signal.SIGINT)
+        # Read to the end: leaving closes the pipe, and a last look may break on it.
+        process.communicate(timeout=60)
     assert looks == 2
     assert process.returncode == 130
