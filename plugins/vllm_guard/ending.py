@@ -1,6 +1,6 @@
-"""Ends the answers that are under way when the server is told to end.
+"""Ends the answers that are under way when no more of them will come.
 
-Runs in each API server.
+The server is told to end, or an engine hangs for good. Runs in each API server.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_guard.patch import wrap
 
-__all__ = ["install"]
+__all__ = ["give_up", "install"]
 
 
 def install(client: Any) -> None:
@@ -30,12 +30,27 @@ def _shutdown(
     handler = client.output_handler
     if handler is not None and not handler.get_loop().is_closed():
         # Often called from another thread.
-        handler.get_loop().call_soon_threadsafe(_give_up, client.output_processor)
+        handler.get_loop().call_soon_threadsafe(_tell_all, client.output_processor)
 
 
-def _give_up(processor: Any) -> None:
+def _tell_all(processor: Any) -> None:
     """Tell every request in flight that its engine is gone."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     if processor.request_states:
         processor.propagate_error(EngineDeadError(suppress_context=True))
+
+
+def give_up(client: Any) -> None:
+    """Take an engine that hangs for dead, as vLLM does with one that says so.
+
+    Every request ends with an error, and so does the server. For a core that hangs vLLM
+    itself waits without end. Remove when it does not.
+
+    Args:
+        client: vLLM's engine client of this process; called in its event loop.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    client.engine_core.resources.engine_dead = True
+    client.engine_core.outputs_queue.put_nowait(EngineDeadError(suppress_context=True))

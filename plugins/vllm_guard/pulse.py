@@ -1,10 +1,11 @@
 """Asks the engines now and then, for whoever looks at the metrics alone.
 
 Runs in each API server, beside the requests: an engine that hangs says nothing by
-itself, and a scrape cannot wait for it.
+itself, and a scrape cannot wait for it. One that hangs for good is given up.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,6 +14,8 @@ from guard.errors import EngineError
 from guard.metrics import Metrics
 
 __all__ = ["Pulse"]
+
+logger = logging.getLogger(__name__)
 
 _ASK_SECONDS = 15.0
 """A worker that was asked looks out for the next word for a second, at a whole core's
@@ -29,6 +32,8 @@ class Pulse:
         check: Callable[[Any], Awaitable[None]],
         *,
         metrics: Metrics,
+        patience: float,
+        give_up: Callable[[Any], None],
         ask_seconds: float = _ASK_SECONDS,
         age_seconds: float = _AGE_SECONDS,
     ) -> None:
@@ -39,12 +44,16 @@ class Pulse:
                 last answered, on the monotonic clock.
             check: Raises EngineError where an engine of the client is not guarded.
             metrics: Where it is shown.
+            patience: How many seconds a question may wait.
+            give_up: Called with the client where one has waited longer.
             ask_seconds: Between an answer and the next question.
             age_seconds: Between two looks at the age of the last answer.
         """
         self._client = client
         self._check = check
         self._metrics = metrics
+        self._patience = patience
+        self._give_up = give_up
         self._ask_seconds = ask_seconds
         self._age_seconds = age_seconds
         self._tasks: tuple[asyncio.Task[None], ...] = ()
@@ -70,7 +79,18 @@ class Pulse:
 
     async def _keep_looking(self) -> None:
         """Let the age grow while a question waits: several processes share no clock."""
+        silence = 0.0
         while True:
             age = time.monotonic() - self._client.guard_answered
             self._metrics.show_snapshot_age(age)
+            # Where it was this process that stood still, no engine is to blame.
+            silence = min(age, silence + 2 * self._age_seconds)
+            if silence > self._ask_seconds + self._patience:
+                logger.error(
+                    "An engine has not answered for %d seconds: it is taken for dead, "
+                    "and the server ends.",
+                    silence,
+                )
+                self._give_up(self._client)
+                return
             await asyncio.sleep(self._age_seconds)

@@ -179,6 +179,8 @@ class GuardEndpoint:
                 the administrator's token is none; or the audit log cannot be written.
             PolicyError: The key of a tenant is not among the server's.
         """
+        from vllm import envs
+
         self._client = engine_client
         ending.install(engine_client)
         board = context.get_board()
@@ -194,7 +196,14 @@ class GuardEndpoint:
         self._rollout = Rollout(engine_client, args)
         self._rollout.start()
         board.ready = True
-        self._pulse = Pulse(engine_client, check_engines, metrics=board.metrics)
+        self._pulse = Pulse(
+            engine_client,
+            check_engines,
+            metrics=board.metrics,
+            # What vLLM allows a worker, it shall allow an engine core as well.
+            patience=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+            give_up=ending.give_up,
+        )
         self._pulse.start()
 
 
@@ -243,12 +252,17 @@ async def ask_engines(client: Any) -> list[list[dict[str, Any]]]:
     Raises:
         TimeoutError: They did not answer in time, or are dead.
     """
-    call = ("collective_rpc", "guard_status", None, (), None)
     known = getattr(client, "guard_question", None)
-    question = client.guard_question = share(known, lambda: ask(client, *call))
+    question = client.guard_question = share(known, lambda: _hear_engines(client))
     answers: list[list[dict[str, Any]]] = await await_answer(
         client, question, seconds=answer_seconds()
     )
+    return answers
+
+
+async def _hear_engines(client: Any) -> list[list[dict[str, Any]]]:
+    """Return what they say, and note when, also where nobody waits for it any more."""
+    answers = await ask(client, "collective_rpc", "guard_status", None, (), None)
     client.guard_answered = time.monotonic()
     return answers
 

@@ -28,6 +28,7 @@ FAULTS = (
     "a request is given the KV blocks of one that computed NaN",
     "the engine core hangs",
     "a worker hangs",
+    "the engine core hangs for good",
     "the disk is full",
     "no process has a file descriptor left",
     "a storm of harmless signals, stops and continues",
@@ -59,14 +60,15 @@ zeroed before another one is given it.
 Told to end, vLLM kills its engines and then waits without end for the connections of
 those who hope for more of an answer; the guard ends each with an `error` event.
 
-For an engine core that hangs vLLM waits without end, and so do clients; for a worker at
-most as long as the row says, then the server ends. Until then `/guard/ready` tells and
-`/health` does not: readiness by the former keeps clients away, and what does not come
-back by itself must be started again, by hand or by a liveness probe of `/guard/ready`
-with more patience than the longest step takes.
+For a worker that hangs vLLM waits as long as the row says, then the server ends; for an
+engine core it would wait without end, and so would clients: the guard gives one up that
+has not answered for as long and 15 seconds more, and the server ends as if it had died.
+Until then `/guard/ready` tells and `/health` does not: readiness by the former keeps
+clients away.
 
 "The disk is full" is tried with one API server and `RLIMIT_FSIZE` at 0: writing fails
-with EFBIG, where a full disk says ENOSPC.
+with EFBIG, where a full disk says ENOSPC. The audit log has met the latter as well
+(`tests/test_audit.py`).
 
 What is not here vLLM does alone. Seconds from a killed process to not ready are in
 [faults.json](../benchmarks/results/faults.json).

@@ -1,6 +1,7 @@
 """What breaks under a running stream: it ends clearly, unseen by nobody, and soon."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -67,14 +68,10 @@ NAN_POLICIES = {
     "the model computes NaN, a monitor flags": "default",
     "the model computes NaN, no monitor": "open",
 }
-HUNG = {
-    "the engine core hangs": ("EngineCor", ""),
-    "a worker hangs": (
-        "Worker",
-        ", at most `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS` (300)",
-    ),
-}
-"""Name of the process, and how long vLLM lets it."""
+HUNG = {"the engine core hangs": "EngineCor", "a worker hangs": "Worker"}
+"""Name of the process."""
+LIMIT = ", at most `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS` (300)"
+"""How long vLLM lets a worker hang, and the guard an engine core."""
 
 
 def start(
@@ -216,12 +213,11 @@ def test_who_is_let_through_is_in_the_log_and_cannot_flood_it(
 def test_what_hangs_is_not_ready_and_goes_on_where_it_was(
     fault: str, server: Server, faults: Faults, ledger: Ledger
 ) -> None:
-    name, limit_of_vllm = HUNG[fault]
     calm = Caller(server, max_tokens=200).begin().end()
     operator = Operator(server)
     with faults.on("slow-steps"):
         caller = Caller(server, max_tokens=200).begin()
-        with stopped(*find_processes(server, name)):
+        with stopped(*find_processes(server, HUNG[fault])):
             limit = time_not_ready(server)
             assert seconds_until_not_ready(server, time.monotonic()) < limit
             hung = operator.describe()
@@ -238,7 +234,7 @@ def test_what_hangs_is_not_ready_and_goes_on_where_it_was(
     wait_until(lambda: server.metrics()["guard_ready"] == 1, "shown as ready")
     ledger.enter(
         fault,
-        client=f"waits until it goes on{limit_of_vllm}: {caller.describe()}",
+        client=f"waits until it goes on{LIMIT}: {caller.describe()}",
         operator=f"while it hangs: {hung}",
     )
 
@@ -406,6 +402,24 @@ def test_a_storm_of_orders_to_end_leaves_nothing_and_nobody_waiting(
         "a storm of SIGTERM and SIGINT to every process",
         client="200, tokens, then an `error` event or the connection ends",
         operator=f"not ready within {NOT_READY_SECONDS} s; no process stays",
+    )
+
+
+def test_a_core_that_hangs_for_good_ends_the_server_and_every_stream(
+    toy: Toy, faults: Faults, start_server: ServerFactory, ledger: Ledger
+) -> None:
+    allowed = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "5"}
+    server = start(toy, start_server, faults, "outage", **allowed)
+    calm = Caller(server, max_tokens=100).begin().end()
+    (number,) = find_processes(server, "EngineCor")
+    stop = functools.partial(os.kill, number, signal.SIGSTOP)
+    caller, seen, _ = break_down(server, faults, lambda _: stop())
+    assert calm.text.startswith(caller.text) or caller.text.startswith(calm.text)
+    assert not caller.guard
+    ledger.enter(
+        "the engine core hangs for good",
+        client=f"waits{LIMIT}: {caller.describe()}",
+        operator=seen,
     )
 
 

@@ -1,8 +1,12 @@
 """Told to end, nobody is left waiting for more of an answer."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import zmq
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_guard import ending
 
@@ -66,3 +70,26 @@ def test_before_the_first_request_and_after_the_last_word_it_is_vllms_affair() -
 
     make_client(processor, asyncio.run(begin())).shutdown(timeout=0)
     assert processor.told == []
+
+
+class Core(AsyncMPClient):
+    """vLLM's own client of engine cores, without any."""
+
+    def __init__(self) -> None:
+        self.resources = BackgroundResources(ctx=zmq.Context.instance())
+        self.outputs_queue = asyncio.Queue()
+
+    def _ensure_output_queue_task(self) -> None:
+        """Nobody puts anything into it."""
+
+
+def test_an_engine_that_is_given_up_is_dead_to_vllm() -> None:
+    async def serve() -> None:
+        core = Core()
+        ending.give_up(SimpleNamespace(engine_core=core))
+        with pytest.raises(EngineDeadError):
+            await core.get_output_async()
+        with pytest.raises(EngineDeadError):
+            core.ensure_alive()
+
+    asyncio.run(serve())
