@@ -71,11 +71,12 @@ def start_pod(folder: Path, objects: list[Object], volumes: Volumes) -> Server:
     user = pod_of(objects)["securityContext"]
     system = folder / "system"
     system.mkdir()
+    chroot = shlex.join([_find("chroot"), str(system / "fs")])
     script = "\n".join(
         [
             *_mount_root(system),
             *_mount_volumes(system / "fs", volumes, guard),
-            f"exec chroot {system / 'fs'} setpriv --reuid {user['runAsUser']} "
+            f"exec {chroot} setpriv --reuid {user['runAsUser']} "
             f"--regid {user['runAsGroup']} --clear-groups --no-new-privs "
             f"--bounding-set=-all --inh-caps=-all {shlex.join(command)}",
         ]
@@ -108,6 +109,13 @@ def check_namespaces(folder: Path) -> None:
         reason = str(error)
     if reason:
         pytest.skip(f"no file system of its own for a pod, which needs root: {reason}")
+
+
+def _find(name: str) -> str:
+    """Return where a program of the system is; not every user has all on his PATH."""
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    assert found is not None, f"expected {name} to be installed"
+    return found
 
 
 def _environment(guard: Object) -> Mapping[str, str]:

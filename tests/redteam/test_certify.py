@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -11,8 +12,10 @@ from rich.progress import Progress
 from guard.certificate import certificate_id, read_certificate
 from guard.errors import CertificateError
 from guard.redteam import certify as certify_module
+from guard.redteam import prompt as prompt_module
 from guard.redteam.certificate import Certificate, Rate
 from guard.redteam.certify import Plan, certify, crossing, verify
+from guard.redteam.soft import SoftConfig
 
 ABOUT = {
     "machine": {"cpu": "a"},
@@ -36,6 +39,7 @@ SMALL = Plan(
 def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certify_module, "PRESETS", {"quick": SMALL})
+        patch.setattr(prompt_module, "SoftConfig", partial(SoftConfig, steps=4))
         yield
 
 

@@ -18,9 +18,12 @@ print("up", flush=True)
 time.sleep(600)
 """
 STARTER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from guard.redteam.server import run_server
+# Whoever runs the tests may have told his processes to overlook some signals.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 folder = Path(sys.argv[1])
 with run_server(["server"], port={port}, log=folder / "log") as server:
     (folder / "pid").write_text(str(server.pid))
