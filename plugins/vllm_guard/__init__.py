@@ -28,6 +28,7 @@ def register() -> None:
             _outlive_hangups()
             from vllm_guard import (
                 admission,
+                ending,
                 engine,
                 hook,
                 outputs,
@@ -38,7 +39,8 @@ def register() -> None:
             )
 
             runners = (runner_v1, runner_v2)
-            for part in (hook, *runners, admission, prefix, engine, outputs, reload):
+            parts = (hook, *runners, admission, prefix, engine, outputs, reload, ending)
+            for part in parts:
                 part.install()
 
 

@@ -1,17 +1,45 @@
-"""Ends the answers that are under way when no more of them will come.
+"""Ends what waits for engines from which nothing will come.
 
-The server is told to end, or an engine hangs for good. Runs in each API server.
+The server is told to end, while it starts or while it answers; or an engine hangs for
+good. Runs in each API server.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_guard.patch import wrap
 
-__all__ = ["give_up", "install"]
+__all__ = ["attend", "give_up", "install"]
 
 
-def install(client: Any) -> None:
+def install() -> None:
+    """Wrap the socket on which engines that start are waited for.
+
+    Told to end meanwhile, vLLM raises KeyboardInterrupt, drops it here, and waits for
+    the engines without asking them again. Remove when it drops none.
+    """
+    from vllm.v1.engine import utils
+
+    wrap(utils, "zmq_socket_ctx", _open_socket)
+
+
+@contextlib.contextmanager
+def _open_socket(
+    original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Iterator[Any]:
+    interrupt = None
+    with original(*args, **kwargs) as socket:
+        try:
+            yield socket
+        except KeyboardInterrupt as error:
+            interrupt = error
+            raise
+    if interrupt is not None:
+        raise interrupt
+
+
+def attend(client: Any) -> None:
     """Wrap the end of an engine client.
 
     vLLM kills its engines, takes no more of their outputs, and then waits without end

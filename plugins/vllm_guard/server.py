@@ -182,7 +182,7 @@ class GuardEndpoint:
         from vllm import envs
 
         self._client = engine_client
-        ending.install(engine_client)
+        ending.attend(engine_client)
         board = context.get_board()
         with context.reporting():
             board.desk.keys = read_keys(args, context.get().start.policy_file)

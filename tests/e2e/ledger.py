@@ -33,6 +33,7 @@ FAULTS = (
     "no process has a file descriptor left",
     "a storm of harmless signals, stops and continues",
     "an API server of two is stopped",
+    "SIGTERM during the start",
     "SIGTERM",
     "a storm of SIGTERM and SIGINT to every process",
     "a worker is killed",
@@ -58,7 +59,9 @@ the end of a sequence by 0, and 0 * NaN is NaN: so a KV block that such a reques
 zeroed before another one is given it.
 
 Told to end, vLLM kills its engines and then waits without end for the connections of
-those who hope for more of an answer; the guard ends each with an `error` event.
+those who hope for more of an answer; the guard ends each with an `error` event. Told so
+while its engines start, vLLM drops the order and waits for them; the guard holds it to
+it.
 
 For a worker that hangs vLLM waits as long as the row says, then the server ends; for an
 engine core it would wait without end, and so would clients: the guard gives one up that

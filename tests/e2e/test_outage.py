@@ -30,7 +30,15 @@ from e2e.outage import (
     wait_for_end,
     wait_until,
 )
-from e2e.serving import TOY_POLICIES, Server, ServerFactory, Toy
+from e2e.serving import (
+    THREADS,
+    TOY_POLICIES,
+    Server,
+    ServerFactory,
+    Toy,
+    launch,
+    stop,
+)
 from vllm_guard.board import SILENT_SECONDS
 
 POLICIES = TOY_POLICIES.replace(
@@ -382,6 +390,26 @@ def test_a_server_that_is_told_to_end_leaves_nothing_and_nobody_waiting(
     ledger.enter("SIGTERM", client=caller.describe(), operator=seen)
 
 
+def test_a_start_that_is_told_to_end_leaves_nothing(
+    toy: Toy, tmp_path: Path, ledger: Ledger
+) -> None:
+    path = toy.write_policy("outage", POLICIES)
+    server = launch(toy.model, path, ["--enforce-eager"], tmp_path, THREADS)
+    try:
+        wait_until(lambda: find_processes(server, "EngineCor"), "an engine core")
+        server.process.terminate()
+        wait_for_end(server)
+    finally:
+        stop(server.process)
+    assert "Traceback" not in server.log.read_text()
+    ledger.enter(
+        "SIGTERM during the start",
+        client="no answer: nobody is let in yet",
+        operator=f"the server ends with code {server.process.returncode}, "
+        "no process stays",
+    )
+
+
 def test_a_storm_of_orders_to_end_leaves_nothing_and_nobody_waiting(
     toy: Toy, faults: Faults, start_server: ServerFactory, ledger: Ledger
 ) -> None:
@@ -412,8 +440,8 @@ def test_a_core_that_hangs_for_good_ends_the_server_and_every_stream(
     server = start(toy, start_server, faults, "outage", **allowed)
     calm = Caller(server, max_tokens=100).begin().end()
     (number,) = find_processes(server, "EngineCor")
-    stop = functools.partial(os.kill, number, signal.SIGSTOP)
-    caller, seen, _ = break_down(server, faults, lambda _: stop())
+    hang = functools.partial(os.kill, number, signal.SIGSTOP)
+    caller, seen, _ = break_down(server, faults, lambda _: hang())
     assert calm.text.startswith(caller.text) or caller.text.startswith(calm.text)
     assert not caller.guard
     ledger.enter(

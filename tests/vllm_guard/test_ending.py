@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import zmq
+from vllm.v1.engine import utils
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_guard import ending
@@ -30,7 +31,7 @@ def make_client(processor: Processor, handler: Any) -> Any:
             self.timeout = timeout
 
     client = Client()
-    ending.install(client)
+    ending.attend(client)
     return client
 
 
@@ -93,3 +94,12 @@ def test_an_engine_that_is_given_up_is_dead_to_vllm() -> None:
             core.ensure_alive()
 
     asyncio.run(serve())
+
+
+def test_told_to_end_nobody_waits_for_engines_that_start() -> None:
+    ending.install()
+    with pytest.raises(KeyboardInterrupt), utils.zmq_socket_ctx("inproc://a", zmq.PAIR):
+        raise KeyboardInterrupt
+    with utils.zmq_socket_ctx("inproc://a", zmq.PAIR) as socket:
+        assert not socket.closed
+    assert socket.closed
