@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException, IncompleteRead
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -17,7 +17,9 @@ from guard.errors import EngineError
 from guard.prompt import Prompt
 from guard.traffic import Told
 
-__all__ = ["Client", "Status", "ask_for"]
+__all__ = ["Client", "Model", "Said", "Status", "ask_for"]
+
+_Kind = TypeVar("_Kind", bound="Said")
 
 _AT_ONCE = 16
 """Requests that are under way at once."""
@@ -26,19 +28,19 @@ _MAX_BYTES = 64 << 20
 """Of an answer: who answers may be anybody."""
 
 
-class _Said(BaseModel):
+class Said(BaseModel):
     """Part of an answer; another version of the server may say more."""
 
     model_config = ConfigDict(frozen=True)
 
 
-class Certified(_Said):
+class Certified(Said):
     """The certificate of a policy."""
 
     id: str
 
 
-class ServedPolicy(_Said):
+class ServedPolicy(Said):
     """What identifies a policy."""
 
     mode: str
@@ -46,7 +48,7 @@ class ServedPolicy(_Said):
     certificate: Certified | None = None
 
 
-class Reloaded(_Said):
+class Reloaded(Said):
     """The last reload."""
 
     result: str
@@ -55,7 +57,7 @@ class Reloaded(_Said):
     reason: str | None = None
 
 
-class Status(_Said):
+class Status(Said):
     """What is read of `/guard/status`."""
 
     version: str
@@ -65,6 +67,18 @@ class Status(_Said):
     policies: dict[str, ServedPolicy] = {}
     """Those that the key may name."""
     last_reload: Reloaded | None = None
+
+
+class Model(Said):
+    """A model that is served."""
+
+    id: str
+    max_model_len: Annotated[int, Field(gt=0)] | None = None
+    """Most tokens of a request; only vLLM says it."""
+
+
+class _Models(Said):
+    data: Annotated[tuple[Model, ...], Field(min_length=1)]
 
 
 class Client:
@@ -139,14 +153,38 @@ class Client:
             raise EngineError(message)
         return content
 
+    def read(
+        self,
+        kind: type[_Kind],
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        missing: str,
+    ) -> _Kind:
+        """Return what an answer says; otherwise like `call`.
+
+        Args:
+            kind: What is read of it.
+            path: Of the route.
+            body: Makes it a POST.
+            missing: What is wrong with a server that says something else, and what
+                would be right.
+        """
+        said = self.call(path, body)
+        try:
+            return kind.model_validate(said)
+        except ValidationError as error:
+            raise EngineError(f"{self._url} {missing}") from error
+
     def read_status(self) -> Status:
         """Return what `/guard/status` says; otherwise like `call`."""
-        said = self.call("/guard/status")
-        try:
-            return Status.model_validate(said)
-        except ValidationError as error:
-            message = f"{self._url} has no guard status; expected a guarded server."
-            raise EngineError(message) from error
+        missing = "has no guard status; expected a guarded server."
+        return self.read(Status, "/guard/status", missing=missing)
+
+    def read_model(self) -> Model:
+        """Return the first model that is served; otherwise like `call`."""
+        missing = "names no model; expected an OpenAI-compatible one."
+        return self.read(_Models, "/v1/models", missing=missing).data[0]
 
     def read_metrics(self) -> list[Sample]:
         """Return the guard's own samples of `/metrics`; otherwise like `call`."""
@@ -173,17 +211,12 @@ class Client:
                 "prompts alone."
             )
             raise EngineError(message)
-        try:
-            (model, *_) = self.call("/v1/models")["data"]
-            name, most = str(model["id"]), int(model["max_model_len"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            message = f"{self._url} names no model; expected an OpenAI-compatible one."
-            raise EngineError(message) from error
+        model = self.read_model()
         versions: set[str] = set()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             try:
                 for version, told in pool.map(
-                    lambda prompt: self._ask(name, most, prompt), prompts
+                    lambda prompt: self._ask(model, prompt), prompts
                 ):
                     versions.add(version)
                     self._check_one(versions)
@@ -200,14 +233,14 @@ class Client:
             )
             raise EngineError(message)
 
-    def _ask(self, model: str, most: int, prompt: Prompt) -> tuple[str, Told]:
+    def _ask(self, model: Model, prompt: Prompt) -> tuple[str, Told]:
         """Return which version of the policy answered, and what it told."""
         guard = {**self._policy, "trace": "summary"}
-        answer = self.call(*ask_for(model, prompt, guard=guard))
+        answer = self.call(*ask_for(model.id, prompt, guard=guard))
         try:
             verdict = answer["guard"]
             total = int(answer["usage"]["prompt_tokens"]) + prompt.max_tokens
-            told = Told.of(verdict, min(total, most))
+            told = Told.of(verdict, min(total, model.max_model_len or total))
             return str(verdict["fingerprint"]), told
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             message = (

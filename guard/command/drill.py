@@ -7,15 +7,17 @@ requests with the same prompt: a clean one, the drill, and a clean one right aft
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from guard.client import Client
+from guard.client import Client, Said
 from guard.errors import EngineError
 
 __all__ = ["run_drills"]
@@ -40,27 +42,81 @@ guard_alarms_total of the policy moved. clean again: whether the same prompt rig
 after, without the drill, got the answer and the alarms of before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Drill(Said):
+    """A fire drill that a server has."""
+
+    name: str
+    prompt: str
+    gold: str
+    """What the model answers when the behaviour is back."""
+
+
+class _Drills(Said):
+    drills: tuple[Drill, ...]
+
+
+class Alarm(Said):
+    """A monitor above its threshold."""
+
+    monitor: str
+
+
+class Reading(Said):
+    """How near a monitor came to its threshold."""
+
+    monitor: str
+    ratio: float | None = None
+    """None where no token of its stage was read."""
+
+
+class Verdict(Said):
+    """What is read of a `guard` object."""
+
+    policy: str
+    action: str
+    drill: str | None = None
+    alarms: tuple[Alarm, ...]
+    readings: tuple[Reading, ...] = ()
+
+
+class _Message(Said):
+    content: str | None = None
+
+
+class _Choice(Said):
+    finish_reason: str
+    text: str | None = None
+    message: _Message = _Message()
+
+
+class Reply(Said):
     """What a client reads of one answer."""
 
-    text: str
-    finish_reason: str
-    guard: Mapping[str, Any]
+    choices: Annotated[tuple[_Choice, ...], Field(min_length=1)]
+    guard: Verdict
+
+    @property
+    def text(self) -> str:
+        """Of the answer."""
+        return self.choices[0].text or self.choices[0].message.content or ""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ran out of tokens."""
+        return self.choices[0].finish_reason == "length"
 
     @property
     def alarms(self) -> list[str]:
         """Names of the monitors above their threshold."""
-        return [alarm["monitor"] for alarm in self.guard["alarms"]]
+        return [alarm.monitor for alarm in self.guard.alarms]
 
     @property
     def ratios(self) -> str:
         """One monitor a line, marked where it alarmed."""
-        readings = self.guard.get("readings", ())
         return "\n".join(
-            f"{r['monitor']} {_show(r['ratio'])}"
-            + (" ALARM" if r["monitor"] in self.alarms else "")
-            for r in readings
+            f"{escape(r.monitor)} {_show(r.ratio)}"
+            + (" ALARM" if r.monitor in self.alarms else "")
+            for r in self.guard.readings
         )
 
 
@@ -80,7 +136,7 @@ class Outcome:
     def is_clean_again(self) -> bool:
         """Whether the drill left no trace in the next request."""
         return (
-            "drill" not in self.after.guard
+            self.after.guard.drill is None
             and self.after.text == self.before.text
             and self.after.alarms == self.before.alarms
         )
@@ -107,11 +163,12 @@ def run_drills(
         EngineError: The server does not answer, or refuses.
     """
     server = Client(url, admin_token=admin_token, api_key=api_key)
-    drills = server.call("/guard/drills")["drills"]
+    missing = "lists no drills; expected a guarded server."
+    drills = server.read(_Drills, "/guard/drills", missing=missing).drills
     if not drills:
         message = f"{url} has no drills; expected 'drills' in its policy file."
         raise EngineError(message)
-    model = server.call("/v1/models")["data"][0]["id"]
+    model = server.read_model().id
     runs = [(drill, policy) for policy in policies for drill in drills]
     table = Table(title="Fire drills", caption=_CAPTION, show_lines=True)
     for column in _COLUMNS:
@@ -122,8 +179,8 @@ def run_drills(
     for drill, policy in track(
         runs, "Drilling", console=screen, transient=True, disable=is_piped
     ):
-        exercise = _Exercise(server, model, drill["prompt"], policy, route)
-        outcome = exercise.run(drill["name"])
+        exercise = _Exercise(server, model, drill.prompt, policy, route)
+        outcome = exercise.run(drill.name)
         table.add_row(*_describe(outcome, drill))
     Console().print(table)
 
@@ -141,10 +198,10 @@ class _Exercise:
     def run(self, drill: str) -> Outcome:
         alone, shared = secrets.token_hex(8), secrets.token_hex(8)
         before = self._ask(None, salt=alone)
-        policy = before.guard["policy"]
+        policy = before.guard.policy
         count = count_alarms(self.server, policy)
         drilled = self._ask(drill, salt=shared)
-        if drilled.guard.get("drill") != drill:
+        if drilled.guard.drill != drill:
             message = f"The server did not run drill {drill!r}; expected its name."
             raise EngineError(message)
         counted = count_alarms(self.server, policy) - count
@@ -155,7 +212,8 @@ class _Exercise:
         said: dict[str, Any] = {"prompt": self.prompt}
         if self.route == "chat/completions":
             said = {"messages": [{"role": "user", "content": self.prompt}]}
-        answer = self.server.call(
+        return self.server.read(
+            Reply,
             f"/v1/{self.route}",
             said
             | {
@@ -165,10 +223,8 @@ class _Exercise:
                 "cache_salt": salt,
                 "guard": {k: v for k, v in guard.items() if v is not None},
             },
+            missing="answers without a verdict; expected a guarded server.",
         )
-        choice = answer["choices"][0]
-        text = choice.get("text") or choice.get("message", {}).get("content") or ""
-        return Reply(text, choice["finish_reason"], answer["guard"])
 
 
 def count_alarms(server: Client, policy: str) -> float:
@@ -176,19 +232,19 @@ def count_alarms(server: Client, policy: str) -> float:
     return sum(
         sample.value
         for sample in server.read_metrics()
-        if sample.name == "guard_alarms_total" and sample.labels["policy"] == policy
+        if sample.name == "guard_alarms_total" and sample.labels.get("policy") == policy
     )
 
 
-def _describe(outcome: Outcome, drill: Mapping[str, Any]) -> tuple[str, ...]:
+def _describe(outcome: Outcome, drill: Drill) -> tuple[str, ...]:
     drilled = outcome.drilled
     clean = "yes" if outcome.is_clean_again else "NO"
     return (
-        drill["name"],
-        drilled.guard["policy"],
-        judge(drilled, drill["gold"]),
+        escape(drill.name),
+        escape(drilled.guard.policy),
+        judge(drilled, drill.gold),
         drilled.ratios,
-        drilled.guard["action"],
+        escape(drilled.guard.action),
         "yes" if outcome.counted > 0 else "no",
         clean,
     )
@@ -204,10 +260,10 @@ def judge(reply: Reply, gold: str) -> Literal["yes", "no", "withheld"]:
         gold: What the model answers when the behaviour is back.
     """
     said, wanted = (" ".join(text.lower().split()) for text in (reply.text, gold))
-    is_cut = reply.finish_reason == "length" and bool(said) and wanted.startswith(said)
+    is_cut = reply.is_cut and bool(said) and wanted.startswith(said)
     if wanted in said or is_cut:
         return "yes"
-    return "withheld" if reply.guard["action"] == "block" else "no"
+    return "withheld" if reply.guard.action == "block" else "no"
 
 
 def _show(ratio: float | None) -> str:

@@ -72,7 +72,7 @@ def _take_time(subject: Subject, client: Client) -> tuple[float, float | None]:
     taken: dict[str, list[float]] = {subject.name: []}
     if idle is not None:
         taken[idle] = []
-    model = client.call("/v1/models")["data"][0]["id"]
+    model = client.read_model().id
     for prompt in subject.benign[:TIMED]:
         for name, seconds in taken.items():
             seconds.append(_time_one(client, model, prompt, name))

@@ -314,8 +314,8 @@ def check_server(client: Client, certified: Certified) -> None:
     Raises:
         CertificateError: It does not.
     """
-    policies = client.call("/guard/status")["policies"]
-    found = policies.get(certified.policy, {}).get("fingerprint")
+    served = client.read_status().policies.get(certified.policy)
+    found = served.fingerprint if served else None
     if found != certified.policy_fingerprint:
         message = (
             f"The server runs policy {certified.policy!r} of fingerprint "

@@ -139,11 +139,7 @@ def deliver(
     Raises:
         EngineError: The server cannot be reached, refuses, or has no guard.
     """
-    try:
-        model = client.call("/v1/models")["data"][0]["id"]
-    except (KeyError, TypeError, IndexError) as error:
-        message = "The server names no model; expected an OpenAI-compatible one."
-        raise EngineError(message) from error
+    model = client.read_model().id
     shared: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
     if policy:
         shared["guard"] = {"policy": policy}

@@ -201,5 +201,10 @@ def test_a_server_without_drills_is_an_error(
 def test_the_behaviour_is_back_where_the_client_received_it(
     text: str, finish_reason: str, action: str, back: str
 ) -> None:
-    reply = Reply(text, finish_reason, {"action": action, "alarms": []})
+    reply = Reply.model_validate(
+        {
+            "choices": [{"text": text, "finish_reason": finish_reason}],
+            "guard": {"policy": "default", "action": action, "alarms": []},
+        }
+    )
     assert judge(reply, GOLD) == back

@@ -1,4 +1,4 @@
-"""Whatever a server answers: `guard status`, `doctor` and `calibrate` end in a line."""
+"""Whatever a server answers: a `guard` command that asks it ends in a line."""
 
 import contextlib
 import io
@@ -22,6 +22,7 @@ from specimens import AT, make_calibration, make_monitor, make_policy_file
 
 from guard.client import Client
 from guard.command.doctor import CHECKS, Subject
+from guard.command.drill import run_drills
 from guard.command.status import show_servers, tell_status, watch_servers
 from guard.fingerprint import fingerprint
 from guard.metrics import Metrics
@@ -69,13 +70,18 @@ GOOD: dict[str, Any] = {
         "engines": [],
     },
     "/guard/ready": {"ready": True},
+    "/guard/drills": {"drills": [{"name": "last", "prompt": "how ?", "gold": "so ."}]},
     "/v1/models": {"data": [{"id": "small", "max_model_len": 100}]},
     "/v1/chat/completions": {
+        "choices": [{"message": {"content": "so ."}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 40},
         "guard": {
+            "policy": "default",
+            "action": "flag",
             "fingerprint": PRINT,
-            "alarms": [{"monitor": NAME, "score": 6.5, "position": 3}],
-            "readings": [{"monitor": NAME, "score": 6.5, "position": 3}],
+            "drill": "last",
+            "alarms": [{"monitor": NAME, "score": 6.5, "position": 3, "ratio": 2.5}],
+            "readings": [{"monitor": NAME, "score": 6.5, "position": 3, "ratio": 2.5}],
         },
     },
 }
@@ -156,6 +162,19 @@ def write_status(url: str) -> None:
         assert said.isascii()
 
 
+def drill(url: str) -> None:
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        run_drills(
+            url,
+            admin_token="sixteen-letters!",
+            api_key="",
+            policies=[None],
+            route="chat/completions",
+        )
+    assert screen.getvalue().replace("\n", "").isprintable()
+
+
 def examine(url: str, policy: Path) -> None:
     for name in ("server", "served policies"):
         CHECKS[name](Subject(policy=policy, url=url))
@@ -176,6 +195,7 @@ def asking(tmp_path: Path) -> dict[str, Callable[[str], None]]:
         "status --json": write_status,
         "doctor": lambda url: examine(url, policy),
         "calibrate": calibrate,
+        "drill": drill,
     }
 
 
@@ -184,7 +204,7 @@ def test_any_answer_of_a_server_is_used_or_refused_in_one_line(
 ) -> None:
     good = {path: write_answer(body) for path, body in BODIES.items()}
     hostile.answers = good
-    assert [attempt(partial(ask, hostile.url)) for ask in asking.values()] == [None] * 4
+    assert [attempt(partial(ask, hostile.url)) for ask in asking.values()] == [None] * 5
     refused = dict.fromkeys(asking, 0)
 
     @fuzz

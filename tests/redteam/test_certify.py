@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from guard.certificate import certificate_id, read_certificate
+from guard.client import Status
 from guard.errors import CertificateError
 from guard.redteam import certify as certify_module
 from guard.redteam import prompt as prompt_module
@@ -194,8 +195,10 @@ def test_a_level_is_crossed_where_a_line_between_the_points_does(points, level, 
 
 def test_a_server_of_another_policy_is_refused(certificate):
     class Other:
-        def call(self, path):
-            return {"policies": {"default": {"fingerprint": "ab" * 32}}}
+        def read_status(self):
+            served = {"mode": "enforce", "fingerprint": "ab" * 32}
+            about = {"version": "1", "generation": 1, "fingerprint": "cd" * 32}
+            return Status.model_validate({**about, "policies": {"default": served}})
 
     with pytest.raises(CertificateError, match="runs policy 'default' of fingerprint"):
         certify_module.check_server(Other(), certificate.subject)
