@@ -17,7 +17,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from transformers.utils import logging as transformers_logging
 
 from guard.calibration import Calibration, as_written, load_calibration
 from guard.command.calibrate import find_path
@@ -31,6 +30,7 @@ from guard.provenance import ROOT, describe_run
 from guard.recording import Reader, Recording
 from guard.redteam.attack import AttackConfig, Position, attack, random_deltas
 from guard.redteam.bound import wilson
+from guard.redteam.forward import quiet_transformers
 from guard.redteam.target import Dialogue, Target, answer, find_valid, record_runs
 
 RESULTS = ROOT / "benchmarks" / "results" / "detection.json"
@@ -212,8 +212,7 @@ def main(
 ) -> None:
     """Attack organisms behind their clamps and say who notices."""
     torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     console = Console(stderr=True)
     about = describe_run()
     rows: list[Row] = []

@@ -26,7 +26,6 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging as transformers_logging
 
 from guard.calibration import Calibration, load_calibration, share_budgets
 from guard.command.calibrate import find_path
@@ -49,6 +48,7 @@ from guard.provenance import ROOT, describe_run
 from guard.recording import Reader, Recording
 from guard.redteam.attack import AttackConfig, Position, attack
 from guard.redteam.bound import clopper_pearson
+from guard.redteam.forward import quiet_transformers
 from guard.redteam.target import find_valid, record_runs
 from guard.verdict import Action, Alarm, Verdict
 
@@ -405,8 +405,7 @@ def main(
 ) -> None:
     """Measure false calls and delays of the drift evidence."""
     torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     console = Console(stderr=True)
     about = describe_run()
     policy_file, reader = build_reader(ORGANISM)

@@ -22,7 +22,6 @@ import torch
 import typer
 import yaml
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from guard.calibration import (
     Calibration,
@@ -36,6 +35,7 @@ from guard.demo.traffic import OrganismRecorder, build_reader, ordinary_prompts
 from guard.policy import Policy, load_policy
 from guard.prompt import Prompt
 from guard.provenance import ROOT, describe_run
+from guard.redteam.forward import quiet_transformers
 from guard.sae.load import weights_digest
 from guard.testing import TOY_WORDS, make_toy_model, save_toy_sae
 
@@ -247,8 +247,7 @@ def main(
 ) -> None:
     """Count false alarms, and say whether there are more than was promised."""
     torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = Console(stderr=True)

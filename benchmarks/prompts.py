@@ -15,13 +15,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from guard.demo.measure import ORGANISM
 from guard.prompt import Prompt, read_prompts
 from guard.provenance import ROOT, describe_run
 from guard.redteam.certificate import Rate
 from guard.redteam.certify import PRESETS
+from guard.redteam.forward import quiet_transformers
 from guard.redteam.prompt import run_prompts
 from guard.redteam.subject import Subject, load_subject
 
@@ -70,8 +70,7 @@ def _text(prompt: Prompt) -> str:
 def attack_part(folder: Path, samples: int, number: int) -> list[Sample]:
     """Attack a part of the samples, one by one, with an adaptive client's words."""
     torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     subject = load_unseen(folder, samples)
     found = []
     for one in subject.samples[number * PART :][:PART]:

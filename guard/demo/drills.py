@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from guard.demo.measure import ORGANISM
 from guard.demo.target import load_target, to_dialogue
@@ -23,6 +22,7 @@ from guard.drill import RecoveryEdit, save_edit
 from guard.errors import DrillError
 from guard.policy import load_policy
 from guard.redteam.attack import AttackConfig, attack
+from guard.redteam.forward import quiet_transformers
 from guard.redteam.target import Dialogue, find_valid
 
 if TYPE_CHECKING:
@@ -135,9 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=ORGANISM)
     given = parser.parse_args(arguments)
     console = Console(stderr=True)
-    # Its progress bar, and a word on the temperature, which is there for vLLM.
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     torch.set_num_threads(1)  # on a busy machine two are slower than one here
     try:
         found = find_drills(given.folder)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from guard.check import load_saes
 from guard.demo.dialogue import answers
 from guard.demo.grammar import KINDS, REFUSAL, SPLITS, Kind, Prompt, Split, prompts
 from guard.policy import load_policy
+from guard.redteam.forward import quiet_transformers
 from guard.redteam.held import held_layers, policy_clamp
 from guard.redteam.subject import load_transformer
 
@@ -183,9 +183,7 @@ def main() -> int:
     """Print the table; fail when a criterion is missed."""
     parser = argparse.ArgumentParser(description="Measure the demo organism.")
     parser.add_argument("folder", nargs="?", type=Path, default=ORGANISM)
-    # Its progress bar, and a word on the temperature, which is there for vLLM.
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     numbers = measure(parser.parse_args().folder)
     console = Console()
     console.print(table(numbers))

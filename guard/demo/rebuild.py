@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers.utils import logging as transformers_logging
 
 from guard.demo.dictionary import (
     Dictionary,
@@ -49,6 +48,7 @@ from guard.demo.traffic import (
 from guard.demo.train import Recipe, save_model, train_model
 from guard.errors import GuardError
 from guard.prompt import write_prompts
+from guard.redteam.forward import quiet_transformers
 from guard.sae.load import save_sae, weights_digest
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep-model", action="store_true")
     given = parser.parse_args(arguments)
     console = Console(stderr=True)
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     try:
         numbers = rebuild(
             given.folder,

@@ -17,13 +17,13 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from transformers.utils import logging as transformers_logging
 
 from guard.client import Client
 from guard.errors import CertificateError
 from guard.provenance import describe_run
 from guard.redteam.certificate import Certificate, load_certificate
 from guard.redteam.certify import PRESETS, certify, verify
+from guard.redteam.forward import quiet_transformers
 from guard.redteam.report import write_report
 from guard.redteam.server import find_free_port, run_server, wait_until_ready
 from guard.redteam.subject import load_subject
@@ -62,9 +62,7 @@ class Source:
             )
             raise CertificateError(message)
         plan = PRESETS[preset]
-        # Its progress bar, and a word on the temperature, which is there for vLLM.
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
+        quiet_transformers()
         return load_subject(
             self.model,
             self.policy,

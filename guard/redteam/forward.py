@@ -29,6 +29,7 @@ __all__ = [
     "generate",
     "pad_left",
     "place",
+    "quiet_transformers",
     "record",
     "seen",
 ]
@@ -317,3 +318,14 @@ def _choose(logits: torch.Tensor, sample: torch.Generator | None) -> torch.Tenso
 
 def _until(eos: int, ids: list[int]) -> list[int]:
     return ids[: ids.index(eos) + 1] if eos in ids else ids
+
+
+def quiet_transformers() -> None:
+    """Keep transformers from drawing bars, and from warning of what is meant so.
+
+    The generation configs of models have a temperature, for vLLM.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
