@@ -212,11 +212,15 @@ class Client:
             )
             raise EngineError(message)
         model = self.read_model()
+        if model.max_model_len is None:
+            message = f"{self._url} does not say max_model_len; expected vLLM."
+            raise EngineError(message)
+        most = model.max_model_len
         versions: set[str] = set()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             try:
                 for version, told in pool.map(
-                    lambda prompt: self._ask(model, prompt), prompts
+                    lambda prompt: self._ask(model.id, most, prompt), prompts
                 ):
                     versions.add(version)
                     self._check_one(versions)
@@ -233,14 +237,14 @@ class Client:
             )
             raise EngineError(message)
 
-    def _ask(self, model: Model, prompt: Prompt) -> tuple[str, Told]:
+    def _ask(self, model: str, most: int, prompt: Prompt) -> tuple[str, Told]:
         """Return which version of the policy answered, and what it told."""
         guard = {**self._policy, "trace": "summary"}
-        answer = self.call(*ask_for(model.id, prompt, guard=guard))
+        answer = self.call(*ask_for(model, prompt, guard=guard))
         try:
             verdict = answer["guard"]
             total = int(answer["usage"]["prompt_tokens"]) + prompt.max_tokens
-            told = Told.of(verdict, min(total, model.max_model_len or total))
+            told = Told.of(verdict, min(total, most))
             return str(verdict["fingerprint"]), told
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             message = (

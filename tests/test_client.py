@@ -121,6 +121,7 @@ def test_without_a_key_or_a_policy_none_is_sent(server: Played) -> None:
         ((200, {}), "names no model; expected an OpenAI-compatible one."),
         ((200, []), "names no model"),
         ((200, {"data": []}), "names no model"),
+        ((200, {"data": [{"id": "a"}]}), "does not say max_model_len; expected vLLM."),
     ],
 )
 def test_a_server_that_cannot_be_asked_is_one_line(
