@@ -63,8 +63,8 @@ async def ask(
 
 
 async def await_answer(
-    client: Any, question: asyncio.Future[Any], *, seconds: float = math.inf
-) -> Any:
+    client: Any, question: asyncio.Future[_T], *, seconds: float = math.inf
+) -> _T:
     """Return what engines answer, or do not wait for it any longer.
 
     vLLM never answers for an engine that died; whoever waited for it would keep the

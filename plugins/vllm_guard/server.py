@@ -254,10 +254,7 @@ async def ask_engines(client: Any) -> list[list[dict[str, Any]]]:
     """
     known = getattr(client, "guard_question", None)
     question = client.guard_question = share(known, lambda: _hear_engines(client))
-    answers: list[list[dict[str, Any]]] = await await_answer(
-        client, question, seconds=answer_seconds()
-    )
-    return answers
+    return await await_answer(client, question, seconds=answer_seconds())
 
 
 async def _hear_engines(client: Any) -> list[list[dict[str, Any]]]:

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
+from played import serving
 
 from guard.command.drill import Reply, judge, run_drills
 from guard.errors import EngineError
@@ -25,9 +25,7 @@ class FakeServer:
         self.alarms = 3.0
         self.forgets_drills = False
         self.stays_drilled = False
-        handler = type("Handler", (_Handler,), {"fake": self})
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.url = ""
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         self.asked.append(body)
@@ -88,12 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def fake() -> Iterator[FakeServer]:
     server = FakeServer()
-    thread = Thread(target=server.http.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
-    thread.join()
+    with serving(type("Handler", (_Handler,), {"fake": server})) as server.url:
+        yield server
 
 
 @pytest.fixture

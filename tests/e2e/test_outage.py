@@ -1,7 +1,6 @@
 """What breaks under a running stream: it ends clearly, unseen by nobody, and soon."""
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -440,8 +439,9 @@ def test_a_core_that_hangs_for_good_ends_the_server_and_every_stream(
     server = start(toy, start_server, faults, "outage", **allowed)
     calm = Caller(server, max_tokens=100).begin().end()
     (number,) = find_processes(server, "EngineCor")
-    hang = functools.partial(os.kill, number, signal.SIGSTOP)
-    caller, seen, _ = break_down(server, faults, lambda _: hang())
+    caller, seen, _ = break_down(
+        server, faults, lambda _: os.kill(number, signal.SIGSTOP)
+    )
     assert calm.text.startswith(caller.text) or caller.text.startswith(calm.text)
     assert not caller.guard
     ledger.enter(

@@ -139,11 +139,12 @@ def _refer_one(
     assert answer[-1] == eos or len(answer) == MAX_TOKENS
     whole = torch.tensor([[*prompt, *answer[:-1]]])
     logits = model(whole, use_cache=False).logits[0].float()
-    chosen = logits[len(prompt) - 1 :].argmax(1).tolist()
+    answering = logits[len(prompt) - 1 :]
+    chosen = answering.argmax(1).tolist()
     steps = zip(chosen, answer, strict=True)
     same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], steps)))
     tokens = chosen[: same + 1]
-    rows = logits[len(prompt) - 1 :][: len(tokens)]
+    rows = answering[: len(tokens)]
     best, second = rows.topk(2).values.unbind(1)
     logprobs = rows.log_softmax(1).amax(1)
     own = logits.log_softmax(1)[: len(prompt) - 1]

@@ -3,7 +3,6 @@
 import io
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 from rich.console import Console
@@ -13,10 +12,8 @@ from guard.certificate import certificate_id, read_certificate
 from guard.client import Status
 from guard.errors import CertificateError
 from guard.redteam import certify as certify_module
-from guard.redteam import prompt as prompt_module
 from guard.redteam.certificate import Certificate, Rate
 from guard.redteam.certify import Plan, certify, crossing, verify
-from guard.redteam.soft import SoftConfig
 
 ABOUT = {
     "machine": {"cpu": "a"},
@@ -37,10 +34,9 @@ SMALL = Plan(
 
 
 @pytest.fixture(scope="module")
-def small():
+def small(few_vectors):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certify_module, "PRESETS", {"quick": SMALL})
-        patch.setattr(prompt_module, "SoftConfig", partial(SoftConfig, steps=4))
         yield
 
 

@@ -2,7 +2,6 @@
 
 import io
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from guard.policy import load_policy
 from guard.prompt import write_prompts
 from guard.recording import Reader, fit_calibration, fit_entries
 from guard.redteam import certify as certify_module
-from guard.redteam import prompt as prompt_module
 from guard.redteam.attack import AttackConfig, attack
 from guard.redteam.certify import Plan, certify, verify
 from guard.redteam.deployment import Coverage
@@ -29,7 +27,6 @@ from guard.redteam.held import held_layers
 from guard.redteam.page.scope import show_scope
 from guard.redteam.projection import MAX_LEAK
 from guard.redteam.replay import attribute
-from guard.redteam.soft import SoftConfig
 from guard.redteam.subject import load_subject
 from guard.redteam.tail import Tail
 from guard.redteam.target import answer, place_edits, record_runs
@@ -276,11 +273,10 @@ def test_a_hidden_edit_still_brings_answers_back(layered):
 
 
 @pytest.fixture(scope="module")
-def certificate(layered, tmp_path_factory):
+def certificate(layered, few_vectors, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certify_module, "PRESETS", {"quick": PLAN})
         patch.setattr(certify_module, "POSITIONS", ("last", "every"))
-        patch.setattr(prompt_module, "SoftConfig", partial(SoftConfig, steps=4))
         made = certify(
             layered,
             "quick",

@@ -4,11 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from e2e.outage import wait_until
 
 from guard.redteam.server import find_free_port
 
@@ -44,7 +43,8 @@ def test_whoever_is_told_to_end_takes_his_server_along(
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         stderr=subprocess.DEVNULL,
     )
-    wait_until(lambda: (tmp_path / "log").exists() and "up" in read(tmp_path / "log"))
+    log = tmp_path / "log"
+    wait_until(lambda: log.exists() and "up" in read(log), "a server")
     server = int(read(tmp_path / "pid"))
     assert Path(f"/proc/{server}").exists()
     starter.send_signal(number)
@@ -55,10 +55,3 @@ def test_whoever_is_told_to_end_takes_his_server_along(
 
 def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
-
-
-def wait_until(happened: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

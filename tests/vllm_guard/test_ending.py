@@ -1,4 +1,4 @@
-"""Told to end, nobody is left waiting for more of an answer."""
+"""Nobody waits for an engine that was told to end, or that hangs for good."""
 
 import asyncio
 from types import SimpleNamespace
