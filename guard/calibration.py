@@ -45,6 +45,8 @@ __all__ = [
 FORMAT = 2
 _TAIL = 0.9
 """Quantile above which a monitor's maxima are taken to fall off exponentially."""
+_BEYOND = 0.1
+"""How far a bar is above the largest maximum, in units of the tail's spread."""
 _LEAST = 1e-6
 """Smallest spread, relative to the level: a score may be constant on benign traffic."""
 
@@ -99,7 +101,8 @@ class Calibration:
 
         Each monitor's is one of its own largest maxima, the r-th of n, so that a
         further exchangeable request exceeds it with a probability of at most r / (n +
-        1) (Vovk et al., "Algorithmic Learning in a Random World", 2005). The ranks are
+        1) (Vovk et al., "Algorithmic Learning in a Random World", 2005); a larger one
+        where more than r requests have it in common. The ranks are
         in the proportion of the targets, and as large as they can be while no more than
         (n + 1) * target requests reach any threshold. That any is exceeded has then a
         probability of at most the target; of m monitors, plus (m - 1) / (n + 1).
@@ -123,6 +126,7 @@ class Calibration:
         target = sum(targets.values(), Fraction(0))
         columns = [list(self.entries).index(name) for name in targets]
         maxima = self.maxima[bucket].double()[:, columns]
+        tails = self.scales[bucket].double()[columns]
         most = math.floor((len(maxima) + 1) * target)
         if most < 1:
             message = (
@@ -139,34 +143,38 @@ class Calibration:
             )
             raise CalibrationError(message)
         shares = list(targets.values())
-        found = _fit_ranks(maxima, shares, most)
+        found = _fit_ranks(maxima, shares, most, tails)
         if found is None:
-            tails = self.scales[bucket].double()[columns]
             found = _fit_tails(maxima, shares, most, tails)
         return dict(zip(targets, found.tolist(), strict=True))
 
 
-def _fit_ranks(maxima: Tensor, shares: Sequence[Fraction], most: int) -> Tensor | None:
-    """Return the lowest of each monitor's maxima that at most so many requests reach.
+def _fit_ranks(
+    maxima: Tensor, shares: Sequence[Fraction], most: int, tails: Tensor
+) -> Tensor | None:
+    """Return the lowest bar of each monitor that at most so many requests reach.
 
     Args:
         maxima: Of held-out requests, `[num_requests, num_monitors]`.
         shares: Of each monitor, its part of the false alarms.
         most: How many requests may be at or above any of their thresholds.
+        tails: Level and spread of each, of other requests, `[num_monitors, 2]`.
 
     Returns:
-        `[num_monitors]`; None where more reach even the largest of each.
+        `[num_monitors]`; None where more reach even the highest bar of each.
     """
-    ordered = maxima.sort(dim=0, descending=True).values
-    known = maxima.isfinite().sum(0).tolist()
-    column = torch.arange(len(shares))
+    ladders = [
+        _list_bars(column[column.isfinite()].tolist(), spread)
+        for column, spread in zip(maxima.unbind(1), tails[:, 1].tolist(), strict=True)
+    ]
 
     def bars(scale: Fraction) -> Tensor:
-        ranks = [
-            min(max(math.floor(scale * share), 1), count)
-            for share, count in zip(shares, known, strict=True)
-        ]
-        return ordered[torch.tensor(ranks) - 1, column]
+        ranks = [max(math.floor(scale * share), 1) for share in shares]
+        pairs = zip(ladders, ranks, strict=True)
+        return torch.tensor(
+            [ladder[min(rank, len(ladder)) - 1] for ladder, rank in pairs],
+            dtype=maxima.dtype,
+        )
 
     def fits(scale: Fraction) -> bool:
         # Those at one, too: a further request may push each of them over it.
@@ -176,6 +184,22 @@ def _fit_ranks(maxima: Tensor, shares: Sequence[Fraction], most: int) -> Tensor 
     scales = sorted({rank / share for share in shares for rank in range(1, most + 1)})
     too_large = bisect.bisect_left(scales, True, key=lambda scale: not fits(scale))
     return bars(scales[too_large - 1]) if too_large else None
+
+
+def _list_bars(maxima: Sequence[float], spread: float) -> list[float]:
+    """Return, from rank 1 on, the lowest bar that at most so many requests reach.
+
+    A monitor that reads words, and no context, says the same of all requests about a
+    topic: where more than its rank share a maximum, the bar is the next larger one, and
+    above the largest of all so far that no rounding reaches it.
+    """
+    descending = sorted(maxima, reverse=True)
+    bar, found = descending[0] + _BEYOND * spread, []
+    for value, following in pairwise([*descending, -math.inf]):
+        if following < value:
+            bar = value
+        found.append(bar)
+    return found
 
 
 def _fit_tails(
