@@ -131,6 +131,11 @@ def _suffix(
     special = set(subject.tokenizer.all_special_ids)
     vocabulary = range(subject.target.model.config.vocab_size)
     allowed = [token for token in vocabulary if token not in special]
+    messages = [
+        subject.tokenizer.encode(message["content"], add_special_tokens=False)
+        for prompt in subject.benign
+        for message in prompt.conversation or ()
+    ]
     config = SuffixConfig(queries=queries, seed=seed)
     prompts: list[list[int]] = []
     dialogues: list[Dialogue] = []
@@ -141,6 +146,7 @@ def _suffix(
             config,
             template=_template(subject),
             allowed=allowed,
+            messages=messages,
             penalty=penalty,
         )
         prompts += result.prompts

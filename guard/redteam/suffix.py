@@ -1,9 +1,10 @@
 """The prompt attacker: a few words that bring suppressed answers back.
 
 All that a client can do is write. A greedy coordinate gradient search over the words of
-a suffix (arXiv 2307.15043, algorithm 1), counted in queries, with four additions: the
+a suffix (arXiv 2307.15043, algorithm 1), counted in queries, with five additions: the
 words may stand before the message; the best few are changed, not the best one; now and
-then more than one word is, or one is moved; and nothing is asked twice.
+then more than one word is, or one is moved; some are copied in a run from what other
+clients write, because a guard may know random words; and nothing is asked twice.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ class SuffixConfig:
     moved: float = 0.25
     """Share of candidates in which a word moves to another place instead, half of the
     time as another word."""
+    copied: float = 0.25
+    """Share of candidates in which a run of words is copied from ordinary messages,
+    where there are any, and of half of the random ones the whole."""
     restarts: int = 1
     """Searches from new random suffixes, which share the queries."""
     seed: int = 0
@@ -107,6 +111,7 @@ def attack_prompts(
     *,
     template: Template,
     allowed: Sequence[int],
+    messages: Sequence[Sequence[int]] = (),
     penalty: Penalty | None = None,
     on_step: Callable[[Attempt], object] = lambda attempt: None,
     batch_size: int = 64,
@@ -122,6 +127,7 @@ def attack_prompts(
         config: How to search.
         template: What of each prompt is not the client's.
         allowed: Token ids that a client can write.
+        messages: Ordinary ones, as token ids, that words may be copied from.
         penalty: What an adaptive attacker pays to stay unseen.
         on_step: Called for all candidates that were judged at once.
         batch_size: Candidates per forward pass.
@@ -157,7 +163,7 @@ def attack_prompts(
     ]
     found, queries = [], []
     for number, objective in enumerate(objectives):
-        search = _Search(objective, config, allowed, batch_size)
+        search = _Search(objective, config, allowed, messages, batch_size)
         for tokens, judgement in search.run():
             on_step(Attempt(number, tokens, judgement))
         assert search.best is not None, "a search without a query"
@@ -196,11 +202,13 @@ class _Search:
         objective: Objective,
         config: SuffixConfig,
         allowed: Sequence[int],
+        messages: Sequence[Sequence[int]],
         batch_size: int,
     ) -> None:
         """Know the sample; nothing is asked yet."""
         self._objective, self._config, self._batch_size = objective, config, batch_size
         self._allowed = torch.tensor(sorted(set(allowed)))
+        self._said = torch.tensor([token for text in messages for token in text])
         self._generator = torch.Generator().manual_seed(config.seed)
         self._asked: set[tuple[int, ...]] = set()
         self.best: _Suffix | None = None
@@ -251,8 +259,19 @@ class _Search:
         return torch.tensor(chosen, dtype=torch.int64).view(-1, config.length)
 
     def _draw(self) -> list[int]:
-        """Return random words."""
-        return self._pick(self._allowed, self._config.length)
+        """Return random words, or some of an ordinary message."""
+        length = self._config.length
+        if len(self._said) >= length and self._happens(0.5):
+            return self._copy(length)
+        return self._pick(self._allowed, length)
+
+    def _copy(self, count: int) -> list[int]:
+        """Return consecutive words of what others write."""
+        start = self._number(len(self._said) - count + 1)
+        return self._said[start : start + count].tolist()
+
+    def _number(self, limit: int) -> int:
+        return int(torch.randint(limit, (), generator=self._generator))
 
     def _happens(self, probability: float) -> bool:
         return bool(torch.rand((), generator=self._generator) < probability)
@@ -269,6 +288,11 @@ class _Search:
         def draw() -> list[int]:
             parent, replacements = next(turns)
             changed = list(parent)
+            if len(self._said) >= len(changed) and self._happens(config.copied):
+                count = 1 + self._number(len(changed))
+                start = self._number(len(changed) - count + 1)
+                changed[start : start + count] = self._copy(count)
+                return changed
             order = torch.randperm(len(changed), generator=self._generator).tolist()
             if len(order) > 1 and self._happens(config.moved):
                 word = changed.pop(order[0])
