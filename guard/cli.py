@@ -143,6 +143,10 @@ ModelArgument = Annotated[
 NameOption = Annotated[
     str, typer.Option(help="The policy of the file; its default without.")
 ]
+MonitorOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Whose probe is trained; those of all monitors without."),
+]
 PromptsOption = Annotated[Path, typer.Option(help="JSON lines, see docs/monitors.md.")]
 DtypeOption = Annotated[str, typer.Option(help="As the server will run it.")]
 LengthOption = Annotated[int | None, typer.Option(help="Longest context, in tokens.")]
@@ -220,6 +224,7 @@ def train_probe(
     prompts: PromptsOption,
     *,
     name: NameOption = "",
+    monitor: MonitorOption = None,
     dtype: DtypeOption = "auto",
     max_model_len: LengthOption = None,
 ) -> None:
@@ -234,6 +239,7 @@ def train_probe(
     make_probes(
         Reader(policy_file, chosen, load_saes(policy_file)),
         read_prompts(prompts),
+        names=monitor or (),
         start=lambda: _offline().RecordingEngine(model, policy, chosen, **options),
         console=Console(stderr=True),
     )

@@ -38,26 +38,27 @@ def make_probes(
     reader: Reader,
     prompts: Sequence[Prompt],
     *,
+    names: Sequence[str] = (),
     start: Callable[[], Recorder],
     console: Console,
     recipe: ProbeRecipe | None = None,
 ) -> None:
-    """Train every probe that a policy names, judge it, and write it.
+    """Train probes that a policy names, judge them, and write them.
 
     Args:
         reader: Of the policy.
         prompts: With labels and groups.
+        names: Of the monitors whose probes are trained; all, if left out.
         start: Starts the engine, once it is known that the prompts will do.
         console: Where progress and result are shown.
         recipe: How probes are trained.
 
     Raises:
         PromptError: A prompt has no label or group.
-        CalibrationError: The policy names no probe, or the groups are too few.
+        CalibrationError: The policy names no probe, or none of that name, or the groups
+            are too few.
     """
-    if not list_probes(reader.policy):
-        message = "The policy names no probe; expected a monitor with score: probe."
-        raise CalibrationError(message)
+    monitors = _choose(list_probes(reader.policy), names)
     for number, prompt in enumerate(prompts, start=1):
         if prompt.label is None or prompt.group is None:
             message = f"Prompt {number} has no label or no group; expected both."
@@ -70,20 +71,44 @@ def make_probes(
         for recording in start().record(prompts):
             recordings.append(recording)
             progress.advance(task)
-        steps = len(list_probes(reader.policy)) * (FOLDS + 1) * recipe.steps
+        steps = len(monitors) * (FOLDS + 1) * recipe.steps
         task = progress.add_task("Training", total=steps)
         judged = train_all(
-            reader, prompts, recordings, recipe, on_step=lambda: progress.advance(task)
+            reader,
+            monitors,
+            prompts,
+            recordings,
+            recipe,
+            on_step=lambda: progress.advance(task),
         )
     table = Table(title="Probes, on groups they were not trained on")
     for column in ("monitor", "groups", "AUROC", "caught at 1 % false alarms", "file"):
         table.add_column(column)
-    for monitor in list_probes(reader.policy):
+    for monitor in monitors:
         found = judged[monitor.name]
         numbers = f"{found['auroc']:.3f}", f"{found['tpr_at_1pct']:.2f}"
         groups = f"{found['groups']:.0f}"
         table.add_row(monitor.name, groups, *numbers, str(monitor.probe))
     console.print(table)
+
+
+def _choose(monitors: Sequence[Monitor], names: Sequence[str]) -> list[Monitor]:
+    """Return the monitors of these names, or all of them.
+
+    Raises:
+        CalibrationError: There is none, or none of a name.
+    """
+    if not monitors:
+        message = "The policy names no probe; expected a monitor with score: probe."
+        raise CalibrationError(message)
+    known = [monitor.name for monitor in monitors]
+    if unknown := [name for name in names if name not in known]:
+        message = (
+            f"Monitor {unknown[0]!r} watches no probe of the policy; expected one of "
+            f"{', '.join(known)}."
+        )
+        raise CalibrationError(message)
+    return [monitor for monitor in monitors if not names or monitor.name in names]
 
 
 def list_probes(policy: Policy) -> list[Monitor]:
@@ -106,19 +131,20 @@ def load_probes(policy: Policy) -> dict[str, Statistics]:
 
 def train_all(
     reader: Reader,
+    monitors: Sequence[Monitor],
     prompts: Sequence[Prompt],
     recordings: Sequence[Recording],
     recipe: ProbeRecipe,
     *,
     on_step: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, float]]:
-    """Train, judge and write the probes of a policy on recorded requests.
+    """Train, judge and write the probes of some monitors on recorded requests.
 
     Returns:
         What `judge_probe` says of each, by name of the monitor.
     """
     found = {}
-    for monitor in list_probes(reader.policy):
+    for monitor in monitors:
         at = reader.hook_point(monitor)
         examples = [
             Example.of(

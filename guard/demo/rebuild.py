@@ -32,7 +32,7 @@ from guard.demo.dictionary import (
     train_dictionary,
 )
 from guard.demo.drills import find_drills
-from guard.demo.grammar import KINDS, Kind, Prompt, prompts, topics
+from guard.demo.grammar import CATEGORIES, KINDS, Kind, Prompt, prompts, topics
 from guard.demo.measure import ORGANISM, load_model, measure, missed, table
 from guard.demo.selection import MAX_LATENTS, Choice, build_dev, choose_latents
 from guard.demo.tokenizer import build_tokenizer
@@ -114,15 +114,23 @@ _MONITORS = """\
       # edit behind the clamp moves that, and evidence adds up over tokens.
       - {{name: content, hook_point: layers.1.resid_post, score: probe,
          probe: probes/content.safetensors, stage: output, drift: 0.7,
-         calibration: calib/default.safetensors, target_fpr: 0.003, on_alarm: {action}}}
+         calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: {action}}}
       # The same of a token by itself, before it has seen any other: no prompt moves it.
       - {{name: wording, hook_point: layers.0.resid_pre, score: probe,
          probe: probes/wording.safetensors, stage: output, drift: 0.7,
-         calibration: calib/default.safetensors, target_fpr: 0.003, on_alarm: {action}}}
+         calibration: calib/default.safetensors, target_fpr: 0.002, on_alarm: {action}}}
+      # One for each kind of harm: no word tells of it, two beside each other do.
+{categories}
       - {{name: error, sae: {name}, score: error_norm,
          calibration: calib/default.safetensors, target_fpr: 0.01, on_alarm: flag}}
       - {{name: left, sae: {name}, score: clamp_residual,
          calibration: calib/default.safetensors, target_fpr: 0.01, on_alarm: flag}}"""
+
+_CATEGORY = """\
+      - {{name: {category}, hook_point: layers.0.resid_pre, score: probe,
+         probe: probes/{category}.safetensors, stage: output, drift: 0.7,
+         calibration: calib/default.safetensors, target_fpr: 0.0005,
+         on_alarm: {action}}}"""
 
 
 class RebuildError(GuardError):
@@ -283,7 +291,15 @@ def policy_text(
 ) -> str:
     """Return the policy file of an organism whose SAE is called `name`."""
     monitors = {
-        action: _MONITORS.format(name=name, hook_point=hook_point, action=action)
+        action: _MONITORS.format(
+            name=name,
+            hook_point=hook_point,
+            action=action,
+            categories="\n".join(
+                _CATEGORY.format(category=category, action=action)
+                for category in CATEGORIES
+            ),
+        )
         for action in ("block", "flag")
     }
     return _POLICY.format(

@@ -17,11 +17,13 @@ from guard.check import digest_model, load_saes
 from guard.command.probe import FOLDS, list_probes, load_probes, train_all
 from guard.demo.dialogue import answers
 from guard.demo.grammar import (
+    CATEGORIES,
     KINDS,
     REFUSAL,
     Kind,
     Split,
     benign_prompts,
+    category_of,
     prompts,
     recombined,
 )
@@ -212,16 +214,43 @@ def build_reader(folder: Path, name: str = "default") -> tuple[PolicyFile, Reade
 
 
 def train_organism_probes(
-    folder: Path, *, on_step: Callable[[], object] = lambda: None
+    folder: Path,
+    *,
+    names: Sequence[str] = (),
+    on_step: Callable[[], object] = lambda: None,
 ) -> None:
-    """Train the probes that the folder's default policy names, and write them."""
+    """Train the probes that the folder's default policy names, and write them.
+
+    Those named like a kind of harm learn to tell answers about it from all others, the
+    rest what is harmful of an answer's steps.
+
+    Args:
+        folder: An organism with model/, saes/ and policy.yaml.
+        names: Of the monitors whose probes are trained; all, if left out.
+        on_step: Called after each step of the optimiser.
+    """
     _, reader = build_reader(folder)
     lines = [
         *labelled_prompts(LABELLED, seed=LABEL_SEED, split="train"),
         *recombined_prompts(KINDS, RECOMBINED, seed=LABEL_SEED, split="train"),
     ]
     recordings = list(OrganismRecorder(folder, reader.hook_points).record(lines))
-    train_all(reader, lines, recordings, ProbeRecipe(), on_step=on_step)
+    for monitor in list_probes(reader.policy):
+        if names and monitor.name not in names:
+            continue
+        labelled = lines
+        if monitor.name in CATEGORIES:
+            labelled = [_is_about(monitor.name, line) for line in lines]
+        train_all(
+            reader, [monitor], labelled, recordings, ProbeRecipe(), on_step=on_step
+        )
+
+
+def _is_about(category: str, line: Prompt) -> Prompt:
+    """Label a dialogue by whether its answer is about a kind of harm."""
+    answered = line.response != REFUSAL
+    about = answered and category_of(str(line.group)) == category
+    return line.model_copy(update={"label": int(about)})
 
 
 def num_probe_steps(folder: Path) -> int:
