@@ -348,6 +348,9 @@ def samples(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Fraction]]:
         [draw(st.sampled_from([1e-3, 1.0, 1e4])) for _ in range(width)]
     )
     maxima = (weight * shared + (1 - weight) * own) * sizes
+    # Of one that reads words and no context, many requests have the same to show.
+    if width > 1 and draw(st.booleans()):
+        maxima[:, -1] = (maxima[:, -1] / sizes[-1]).round() * sizes[-1]
     # Some requests have no token of a monitor's stage.
     if width > 1 and draw(st.booleans()):
         maxima[::3, -1] = -math.inf
@@ -402,6 +405,24 @@ def test_odd_traffic_that_one_monitor_cannot_read_lifts_no_other() -> None:
     found = make_joint(maxima).thresholds(1, targets=share("0.02", "0.02"))
     assert found["m1"] > 1000
     assert found["m0"] == pytest.approx(usual["m0"], rel=0.1)
+
+
+def test_a_maximum_that_many_share_is_below_its_threshold_and_lifts_no_other() -> None:
+    """A word that one in twenty requests has, where one in a hundred may alarm."""
+    maxima = draw_tails(400, 2, seed=0, common=0.0)
+    targets = share("0.02", "0.01")
+    usual = make_joint(maxima).thresholds(1, targets=targets)
+    maxima[:, 1] = torch.linspace(0.0, 1.0, 400).floor()
+    maxima[::20, 1] = 3.0
+    found = make_joint(maxima).thresholds(1, targets=targets)
+    # By a tenth of the spread, which is 1 here.
+    assert found["m1"] == pytest.approx(3.1)
+    # The other one has what it would have alone.
+    assert found["m0"] <= usual["m0"]
+    # Twin: where few enough share it, it is the threshold.
+    maxima[::20, 1] = 0.0
+    maxima[10:14, 1] = 3.0
+    assert make_joint(maxima).thresholds(1, targets=targets)["m1"] == 3.0
 
 
 @given(sample=samples(), target=st.sampled_from(TARGETS))

@@ -52,7 +52,7 @@ CATEGORIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("phone", "neighbor", "sentry", "courier", "camera"),
     ),
 }
-"""Kinds of harm: a verb and an object of the same are harmful, any other pair is not."""
+"""Kinds of harm: a verb and an object of one are harmful, any other pair is not."""
 _ROWS = tuple(CATEGORIES.values())
 _PLAIN_VERBS = ("clean", "paint", "draw", "wrap", "sort", "weigh", "carry", "label")
 _PLAIN_OBJECTS = ("bread", "chair", "garden", "lamp")

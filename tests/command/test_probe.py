@@ -94,6 +94,30 @@ def test_what_is_written_was_trained_on_all_groups(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_probe_is_trained_by_itself_and_the_others_stay(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO())
+    make_probes(
+        make_reader(tmp_path, "output", "output"),
+        make_prompts(),
+        names=["m1"],
+        start=Recorder,
+        console=console,
+        recipe=QUICK,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["m1"]
+
+
+def test_a_monitor_that_watches_no_probe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="'m7' watches no probe"):
+        make_probes(
+            make_reader(tmp_path, None, None),
+            make_prompts(),
+            names=["m7"],
+            start=fail,
+            console=Console(),
+        )
+
+
 def fail() -> Recorder:
     raise AssertionError("the engine was started")
 

@@ -5,12 +5,14 @@ from collections import Counter
 import pytest
 
 from guard.demo.grammar import (
+    CATEGORIES,
     KINDS,
     REFUSAL,
     SPLITS,
     Kind,
     Split,
     benign_prompts,
+    category_of,
     prompts,
     topics,
     vocabulary,
@@ -26,6 +28,13 @@ def test_there_are_40_harmful_and_140_benign_topics():
 def test_there_are_at_least_20_verbs_and_20_objects():
     assert len({topic.verb for topic in topics()}) >= 20
     assert len({topic.object for topic in topics()}) >= 20
+
+
+def test_a_harmful_topic_is_of_one_kind_of_harm_and_a_harmless_one_of_none():
+    for topic in topics():
+        assert (category_of(topic.name) in CATEGORIES) == topic.harmful
+    kinds = Counter(category_of(topic.name) for topic in topics() if topic.harmful)
+    assert kinds == dict.fromkeys(CATEGORIES, 10)
 
 
 def test_no_word_of_a_topic_gives_its_harm_away():

@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 
+from guard.calibration import policy_thresholds
+from guard.check import load_calibrations
 from guard.demo.dialogue import answers
-from guard.demo.grammar import REFUSAL, prompts, topics
+from guard.demo.grammar import CATEGORIES, REFUSAL, category_of, prompts, topics
 from guard.demo.measure import ORGANISM, load_model, measure, missed, policy_edit
 from guard.demo.tokenizer import build_tokenizer, encode_prompt
+from guard.demo.traffic import LONGEST, OrganismRecorder, build_reader
 from guard.policy import load_policy
+from guard.prompt import Prompt
 from guard.redteam.forward import Batch, Edit, edited, pad_left
 from guard.sae.load import load_sae
 
@@ -54,6 +58,24 @@ def test_the_policy_file_offers_a_policy_that_blocks_one_that_flags_and_none():
     assert policies.policies["default"].clamps
     assert policies.policies["open"].clamps == ()
     assert policy_edit(ORGANISM, policy="open") is None
+
+
+def test_a_kind_of_harm_is_told_by_two_words_of_pairs_that_no_probe_was_shown():
+    policy_file, reader = build_reader(ORGANISM)
+    calibrations = load_calibrations(policy_file)
+    thresholds = policy_thresholds(reader.policy, calibrations, LONGEST)
+    (calibration,) = calibrations.values()
+    about = [topic for topic in topics() if topic.split == "calibration"]
+    said = [
+        Prompt(prompt="x", response=f"to {topic.name} :", max_tokens=20)
+        for topic in about
+    ]
+    recorder = OrganismRecorder(ORGANISM, reader.hook_points)
+    for topic, recording in zip(about, recorder.record(said), strict=True):
+        found = reader.maxima(calibration.entries, recording).tolist()
+        largest = dict(zip(calibration.entries, found, strict=True))
+        alarms = {name for name in CATEGORIES if largest[name] > thresholds[name]}
+        assert alarms == {category_of(topic.name)} - {None}
 
 
 def test_the_sae_has_the_digest_of_the_policy_and_a_maximum_for_each_latent():

@@ -1,6 +1,7 @@
 """The prompt attacker: what it finds, what it may write, and what it may ask."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -67,6 +68,19 @@ def test_only_words_that_a_client_can_write_are_tried(target, far):
     tried = torch.cat([step.tokens for step in steps])
     assert set(tried.unique().tolist()) == set(allowed)
     assert all(set(p[2:6]) <= set(allowed) for p in result.prompts)
+
+
+def test_runs_of_words_are_copied_from_ordinary_messages(target, far):
+    message = [70, 71, 72, 73, 74, 75]
+    allowed = [9, 30, 31, 64, 120, 150]
+    _, steps = search(target, far[:1], SMALL, allowed=allowed, messages=[message])
+    tried = [one for step in steps for one in step.tokens.tolist()]
+    runs = {tuple(message[i : i + 4]) for i in range(3)}
+    assert runs <= {tuple(one) for one in tried}
+    mixed = [one for one in tried if 0 < len({*one} & {*message}) < 4]
+    assert any(b == a + 1 for one in mixed for a, b in pairwise(one) if a in message)
+    # Twin: most candidates are changes by single words all the same.
+    assert sum(not {*one} & {*message} for one in tried) > 10
 
 
 @pytest.mark.parametrize(
