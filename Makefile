@@ -68,7 +68,7 @@ bench: .venv/.ready build/organism-1
 
 # Another model and SAE: what is claimed of monitors is not about one seed.
 build/organism-1: | .venv/.ready
-	$(bin)/python -m guard.demo.rebuild $@ --seed 1
+	$(bin)/python -m guard.demo.rebuild $@ --seed 3
 
 clean:
 	rm -rf .venv
