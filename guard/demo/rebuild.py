@@ -1,8 +1,8 @@
 """Rebuilds the organism from nothing: model, SAE, clamp, calibrations, numbers.
 
-`python -m guard.demo.rebuild FOLDER` takes ten to fourteen minutes on one core. The same
-seed gives the same organism on the same machine; another machine rounds otherwise,
-and gives another one that meets the same criteria, or the rebuild fails.
+`python -m guard.demo.rebuild FOLDER` takes ten to fourteen minutes on one core. The
+same seed gives the same organism on the same machine; another machine rounds
+otherwise, and gives another one that meets the same criteria, or the rebuild fails.
 """
 
 from __future__ import annotations
