@@ -102,14 +102,14 @@ class Calibration:
         Each monitor's is one of its own largest maxima, the r-th of n, so that a
         further exchangeable request exceeds it with a probability of at most r / (n +
         1) (Vovk et al., "Algorithmic Learning in a Random World", 2005); a larger one
-        where more than r requests have it in common. The ranks are
-        in the proportion of the targets, and as large as they can be while no more than
-        (n + 1) * target requests reach any threshold. That any is exceeded has then a
-        probability of at most the target; of m monitors, plus (m - 1) / (n + 1).
+        where more than r requests have it in common. The ranks are in the proportion of
+        the targets, and as large as they can be while no more than (n + 1) * target
+        requests reach any threshold. That any is exceeded has then a probability of at
+        most the target; of m monitors, plus (m - 1) / (n + 1).
 
-        Where that many requests reach even the largest of each, one rank is taken of
-        the largest of all monitors, each in units of its tail, and the probability is
-        at most the target.
+        Where that many requests reach even the highest bar of each, one rank is taken
+        of the largest of all monitors, each in units of its tail, and the probability
+        is at most the target.
 
         Args:
             total_length: Most tokens the request can have, prompt and output.

@@ -53,12 +53,17 @@ CATEGORIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 """Kinds of harm: a verb and an object of one are harmful, any other pair is not."""
-_ROWS = tuple(CATEGORIES.values())
 _PLAIN_VERBS = ("clean", "paint", "draw", "wrap", "sort", "weigh", "carry", "label")
 _PLAIN_OBJECTS = ("bread", "chair", "garden", "lamp")
 
-VERBS = (*itertools.chain.from_iterable(row[0] for row in _ROWS), *_PLAIN_VERBS)
-OBJECTS = (*itertools.chain.from_iterable(row[1] for row in _ROWS), *_PLAIN_OBJECTS)
+VERBS = (
+    *itertools.chain.from_iterable(verbs for verbs, _ in CATEGORIES.values()),
+    *_PLAIN_VERBS,
+)
+OBJECTS = (
+    *itertools.chain.from_iterable(objects for _, objects in CATEGORIES.values()),
+    *_PLAIN_OBJECTS,
+)
 
 _HARMFUL_PER_ROW: dict[Split, int] = {"train": 6, "calibration": 2, "heldout": 2}
 _BENIGN: dict[Split, int] = {"train": 90, "calibration": 25, "heldout": 25}
@@ -180,9 +185,8 @@ def _ask(rng: random.Random, kind: Kind, topic: Topic) -> Prompt:
     return Prompt(" ".join(sentences), kind, topic)
 
 
-def category_of(topic: str) -> str | None:
-    """Return the kind of harm that a topic is of, by its name; None for a harmless."""
-    verb, thing = topic.split()
+def category_of(verb: str, thing: str) -> str | None:
+    """Return the kind of harm that a pair of words is of; None for a harmless one."""
     for name, (verbs, objects) in CATEGORIES.items():
         if verb in verbs and thing in objects:
             return name
@@ -270,11 +274,10 @@ def _spare_pairs(harmful: bool) -> dict[str, list[tuple[str, str]]]:
     Harmful ones are for training alone: thresholds are set on benign traffic.
     """
     used = {(topic.verb, topic.object) for topic in topics()}
-    same_row = {pair for row in _ROWS for pair in itertools.product(*row)}
     spare = [
         pair
         for pair in itertools.product(VERBS, OBJECTS)
-        if pair not in used and (pair in same_row) == harmful
+        if pair not in used and (category_of(*pair) is not None) == harmful
     ]
     random.Random(GRAMMAR_SEED).shuffle(spare)
     trained = len(spare) if harmful else len(spare) * 5 // 6
@@ -325,7 +328,7 @@ def _topic(
 
 def _harmful_pairs(rng: random.Random) -> Iterator[tuple[tuple[str, str], Split]]:
     """Draw ten pairs of each row, in the same proportion for every split."""
-    for verbs, objects in _ROWS:
+    for verbs, objects in CATEGORIES.values():
         size = sum(_HARMFUL_PER_ROW.values())
         chosen = iter(rng.sample(list(itertools.product(verbs, objects)), size))
         for split, count in _HARMFUL_PER_ROW.items():
@@ -335,8 +338,7 @@ def _harmful_pairs(rng: random.Random) -> Iterator[tuple[tuple[str, str], Split]
 
 def _benign_pairs(rng: random.Random) -> Iterator[tuple[tuple[str, str], Split]]:
     """Draw pairs across rows so that every word occurs about equally often."""
-    same_row = {pair for row in _ROWS for pair in itertools.product(*row)}
-    pairs = [p for p in itertools.product(VERBS, OBJECTS) if p not in same_row]
+    pairs = [p for p in itertools.product(VERBS, OBJECTS) if category_of(*p) is None]
     rng.shuffle(pairs)
     uses: Counter[str] = Counter()
     chosen = []

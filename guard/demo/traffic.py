@@ -214,20 +214,12 @@ def build_reader(folder: Path, name: str = "default") -> tuple[PolicyFile, Reade
 
 
 def train_organism_probes(
-    folder: Path,
-    *,
-    names: Sequence[str] = (),
-    on_step: Callable[[], object] = lambda: None,
+    folder: Path, *, on_step: Callable[[], object] = lambda: None
 ) -> None:
     """Train the probes that the folder's default policy names, and write them.
 
     Those named like a kind of harm learn to tell answers about it from all others, the
     rest what is harmful of an answer's steps.
-
-    Args:
-        folder: An organism with model/, saes/ and policy.yaml.
-        names: Of the monitors whose probes are trained; all, if left out.
-        on_step: Called after each step of the optimiser.
     """
     _, reader = build_reader(folder)
     lines = [
@@ -236,8 +228,6 @@ def train_organism_probes(
     ]
     recordings = list(OrganismRecorder(folder, reader.hook_points).record(lines))
     for monitor in list_probes(reader.policy):
-        if names and monitor.name not in names:
-            continue
         labelled = lines
         if monitor.name in CATEGORIES:
             labelled = [_is_about(monitor.name, line) for line in lines]
@@ -249,7 +239,7 @@ def train_organism_probes(
 def _is_about(category: str, line: Prompt) -> Prompt:
     """Label a dialogue by whether its answer is about a kind of harm."""
     answered = line.response != REFUSAL
-    about = answered and category_of(str(line.group)) == category
+    about = answered and category_of(*str(line.group).split()) == category
     return line.model_copy(update={"label": int(about)})
 
 

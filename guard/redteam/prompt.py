@@ -134,7 +134,7 @@ def _suffix(
     messages = [
         subject.tokenizer.encode(message["content"], add_special_tokens=False)
         for prompt in subject.benign
-        for message in prompt.conversation or ()
+        for message in prompt.conversation
     ]
     config = SuffixConfig(queries=queries, seed=seed)
     prompts: list[list[int]] = []

@@ -261,9 +261,13 @@ class _Search:
     def _draw(self) -> list[int]:
         """Return random words, or some of an ordinary message."""
         length = self._config.length
-        if len(self._said) >= length and self._happens(0.5):
+        if self._copies(0.5):
             return self._copy(length)
         return self._pick(self._allowed, length)
+
+    def _copies(self, probability: float) -> bool:
+        """Whether words are copied this time; never where too few are to be had."""
+        return len(self._said) >= self._config.length and self._happens(probability)
 
     def _copy(self, count: int) -> list[int]:
         """Return consecutive words of what others write."""
@@ -288,7 +292,7 @@ class _Search:
         def draw() -> list[int]:
             parent, replacements = next(turns)
             changed = list(parent)
-            if len(self._said) >= len(changed) and self._happens(config.copied):
+            if self._copies(config.copied):
                 count = 1 + self._number(len(changed))
                 start = self._number(len(changed) - count + 1)
                 changed[start : start + count] = self._copy(count)

@@ -75,7 +75,7 @@ def test_a_kind_of_harm_is_told_by_two_words_of_pairs_that_no_probe_was_shown():
         found = reader.maxima(calibration.entries, recording).tolist()
         largest = dict(zip(calibration.entries, found, strict=True))
         alarms = {name for name in CATEGORIES if largest[name] > thresholds[name]}
-        assert alarms == {category_of(topic.name)} - {None}
+        assert alarms == {category_of(topic.verb, topic.object)} - {None}
 
 
 def test_the_sae_has_the_digest_of_the_policy_and_a_maximum_for_each_latent():
