@@ -308,7 +308,9 @@ def certify(
     verify: Annotated[
         Path | None, typer.Option(help="A certificate to hold against all this.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="How many cells --verify runs again.")] = 2,
+    rows: Annotated[
+        int, typer.Option(min=1, help="How many cells --verify runs again.")
+    ] = 2,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema and stop.")
     ] = False,

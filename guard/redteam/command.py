@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,10 @@ def make_certificate(
     if not output.parent.is_dir():
         message = f"{output.parent}: is no folder; expected one for the certificate."
         raise CertificateError(message)
+    if output.is_dir() or output.suffix in (".html", ".parts"):
+        message = f"{output}: is no name for a JSON file; expected one, as c.json."
+        raise CertificateError(message)
+    page, work = output.with_suffix(".html"), output.with_suffix(".parts")
     _use_one_thread()
     subject = source.load(preset)
     columns = (
@@ -119,13 +124,22 @@ def make_certificate(
                 preset,
                 seed=seed,
                 client=client,
-                work=output.with_suffix(".parts"),
+                work=work,
                 about=describe_run(),
                 progress=progress,
             )
     text = json.dumps(found.model_dump(mode="json"), indent=1)
-    output.write_text(text + "\n", encoding="utf-8")
-    write_report(found, output.with_suffix(".html"))
+    try:
+        output.write_text(text + "\n", encoding="utf-8")
+        write_report(found, page)
+    except OSError as error:
+        message = (
+            f"{error.filename}: cannot be written ({error.strerror}); what was done is "
+            f"kept in {work}, for the same command again."
+        )
+        raise CertificateError(message) from error
+    # Not before: an interrupted run goes on from its parts.
+    shutil.rmtree(work)
     return found
 
 
@@ -146,7 +160,7 @@ def _server(
         with run_server(command, port=port, log=log) as server:
             own = f"http://127.0.0.1:{port}"
             wait_until_ready(own, server, log)
-            yield Client(own)
+            yield Client(own, api_key=api_key)  # it inherits VLLM_API_KEY
 
 
 def verify_certificate(

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from guard.errors import CertificateError
+from guard.errors import CertificateError, PromptError
 from guard.fingerprint import fingerprint
 from guard.redteam.certificate import Attacker, PromptRow, Search, Served
 from guard.redteam.evasion import Evasion
@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from guard.redteam.evasion import Penalty
     from guard.redteam.subject import Subject
 
-__all__ = ["ATTACKERS", "run_prompts", "serve_prompts"]
+__all__ = [
+    "ATTACKERS",
+    "find_template",
+    "retry_prompts",
+    "run_prompts",
+    "serve_prompts",
+]
 
 ATTACKERS: tuple[Attacker, ...] = ("unaware", "adaptive")
 SAMPLED = 3
@@ -89,6 +95,17 @@ def run_prompts(
     )
 
 
+def retry_prompts(subject: Subject, row: PromptRow) -> PromptRow:
+    """Answer the prompts of a row again, and say what comes of them now."""
+    asked = [
+        encode(subject.tokenizer, sample.prompt.model_copy(update={"prompt": text}))
+        for sample, text in zip(subject.samples, row.prompts, strict=True)
+    ]
+    given = answer(subject.target, asked, clamp=subject.target.clamp)
+    found = _judge(subject, _Found(given, subject.record(given)))
+    return row.model_copy(update=tally(subject, found)._asdict())
+
+
 @dataclass(frozen=True, slots=True)
 class _Try(Try):
     """What one search of words or vectors reached on one sample."""
@@ -137,6 +154,14 @@ def _suffix(
         for message in prompt.conversation
     ]
     config = SuffixConfig(queries=queries, seed=seed)
+
+    def can_send(prompt: list[int]) -> bool:
+        try:
+            write_message(subject.tokenizer, prompt)
+        except PromptError:
+            return False
+        return True
+
     prompts: list[list[int]] = []
     dialogues: list[Dialogue] = []
     for sample in wanted:
@@ -144,9 +169,10 @@ def _suffix(
             subject.target,
             [sample],
             config,
-            template=_template(subject),
+            template=find_template(subject),
             allowed=allowed,
             messages=messages,
+            can_send=can_send,
             penalty=penalty,
         )
         prompts += result.prompts
@@ -170,7 +196,7 @@ def _soft(
             subject.target,
             [sample],
             SoftConfig(seed=seed),
-            template=_template(subject),
+            template=find_template(subject),
             penalty=penalty,
         )
         dialogues += result.dialogues
@@ -179,7 +205,7 @@ def _soft(
     return _Found(dialogues, runs)
 
 
-def _template(subject: Subject) -> Template:
+def find_template(subject: Subject) -> Template:
     """Return what the chat template puts around a message.
 
     Raises:

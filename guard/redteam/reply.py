@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Self
 
+from pydantic import ValidationError
+
+from guard.client import Said
 from guard.errors import EngineError, PromptError
+from guard.verdict import Action
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,12 +24,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from guard.client import Client
-    from guard.verdict import Action
 
 __all__ = ["Exchange", "Reply", "deliver", "write_message"]
 
 _AT_ONCE = 8
 """Requests that are under way at once."""
+
+
+class _Message(Said):
+    content: str | None
+
+
+class _Choice(Said):
+    message: _Message
+    finish_reason: str
+
+
+class _Alarm(Said):
+    monitor: str
+
+
+class _Verdict(Said):
+    action: Action
+    alarms: tuple[_Alarm, ...]
+    fingerprint: str
+
+
+class _Answer(Said):
+    choices: tuple[_Choice]
+    guard: _Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +78,21 @@ class Reply:
             EngineError: It is none, or comes without a verdict.
         """
         try:
-            (choice,) = answer["choices"]
-            verdict = answer["guard"]
-            return cls(
-                text=choice["message"]["content"] or "",
-                finish_reason=choice["finish_reason"],
-                action=verdict["action"],
-                alarms=tuple(alarm["monitor"] for alarm in verdict["alarms"]),
-                fingerprint=verdict["fingerprint"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            said = _Answer.model_validate(answer)
+        except ValidationError as error:
             message = (
                 "The server's answer is not one choice with a verdict; expected a "
                 "guarded server."
             )
             raise EngineError(message) from error
+        (choice,) = said.choices
+        return cls(
+            text=choice.message.content or "",
+            finish_reason=choice.finish_reason,
+            action=said.guard.action,
+            alarms=tuple(alarm.monitor for alarm in said.guard.alarms),
+            fingerprint=said.guard.fingerprint,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,10 +183,26 @@ class Subject:
 def load_transformer(
     folder: Path,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Load a model, whose parameters take no gradient, and its tokenizer."""
+    """Load a model, whose parameters take no gradient, and its tokenizer.
+
+    Raises:
+        CertificateError: There is none, or not one that can be attacked.
+    """
     path = str(folder)
-    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        message = f"{folder}: is no model that transformers loads ({reason})."
+        raise CertificateError(message) from error
+    layered = hasattr(getattr(model, "model", None), "layers")
+    if not layered or tokenizer.eos_token_id is None or not tokenizer.chat_template:
+        message = (
+            f"{folder}: cannot be attacked; expected decoder layers in model.layers, "
+            "an EOS and a chat template."
+        )
+        raise CertificateError(message)
     return model.eval().requires_grad_(requires_grad=False), tokenizer
 
 
@@ -226,6 +242,7 @@ def load_subject(
     saes = load_saes(policy_file)
     calibrations = load_calibrations(policy_file)
     check_calibrations(policy_file, calibrations)
+    check_model(folder, calibrations)
     held = held_layers(policy_file, name, saes)
     clamp = policy_clamp(held)
     model, tokenizer = load_transformer(folder)
@@ -275,16 +292,16 @@ def load_subject(
     )
 
 
-def check_model(subject: Subject) -> str:
-    """Return the digest of the model.
+def check_model(folder: Path, calibrations: Mapping[str, Calibration]) -> str:
+    """Return the digest of a model.
 
     Raises:
         CertificateError: The thresholds were made for another one.
     """
-    digest = digest_model(subject.folder)
-    for path, calibration in subject.calibrations.items():
+    digest = digest_model(folder)
+    for path, calibration in calibrations.items():
         if calibration.provenance.get("model_digest") not in (None, digest):
-            message = f"{path}: was made for another model than {subject.folder}."
+            message = f"{path}: was made for another model than {folder}."
             raise CertificateError(message)
     return digest
 

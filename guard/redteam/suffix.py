@@ -112,6 +112,7 @@ def attack_prompts(
     template: Template,
     allowed: Sequence[int],
     messages: Sequence[Sequence[int]] = (),
+    can_send: Callable[[list[int]], bool] = lambda prompt: True,
     penalty: Penalty | None = None,
     on_step: Callable[[Attempt], object] = lambda attempt: None,
     batch_size: int = 64,
@@ -128,6 +129,8 @@ def attack_prompts(
         template: What of each prompt is not the client's.
         allowed: Token ids that a client can write.
         messages: Ordinary ones, as token ids, that words may be copied from.
+        can_send: Whether some text becomes exactly this prompt. What no client can
+            send is not tried.
         penalty: What an adaptive attacker pays to stay unseen.
         on_step: Called for all candidates that were judged at once.
         batch_size: Candidates per forward pass.
@@ -163,7 +166,7 @@ def attack_prompts(
     ]
     found, queries = [], []
     for number, objective in enumerate(objectives):
-        search = _Search(objective, config, allowed, messages, batch_size)
+        search = _Search(objective, config, allowed, messages, can_send, batch_size)
         for tokens, judgement in search.run():
             on_step(Attempt(number, tokens, judgement))
         assert search.best is not None, "a search without a query"
@@ -203,9 +206,11 @@ class _Search:
         config: SuffixConfig,
         allowed: Sequence[int],
         messages: Sequence[Sequence[int]],
+        can_send: Callable[[list[int]], bool],
         batch_size: int,
     ) -> None:
         """Know the sample; nothing is asked yet."""
+        self._can_send = can_send
         self._objective, self._config, self._batch_size = objective, config, batch_size
         self._allowed = torch.tensor(sorted(set(allowed)))
         self._said = torch.tensor([token for text in messages for token in text])
@@ -253,7 +258,9 @@ class _Search:
                 if len(chosen) == min(config.candidates, most):
                     break
                 tokens = draw()
-                if tuple(tokens) not in self._asked:
+                if tuple(tokens) in self._asked:
+                    continue
+                if self._can_send(self._objective.prompt(tokens)):
                     self._asked.add(tuple(tokens))
                     chosen.append(tokens)
         return torch.tensor(chosen, dtype=torch.int64).view(-1, config.length)

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
@@ -12,7 +13,7 @@ from guard.certificate import certificate_id, read_certificate
 from guard.client import Status
 from guard.errors import CertificateError
 from guard.redteam import certify as certify_module
-from guard.redteam.certificate import Certificate, Rate
+from guard.redteam.certificate import Certificate, Rate, Served
 from guard.redteam.certify import Plan, certify, crossing, verify
 
 ABOUT = {
@@ -89,8 +90,7 @@ def resumed(subject, small, tmp_path_factory):
     """A second run of the same seed, interrupted after two cells.
 
     Returns:
-        Its certificate; the cells made before the interruption, and in all; and what
-        is left of its folder.
+        Its certificate; the cells made before the interruption, and in all.
     """
     work = tmp_path_factory.mktemp("resumed") / "parts"
     run_cell = certify_module.run_cell
@@ -107,7 +107,7 @@ def resumed(subject, small, tmp_path_factory):
         with pytest.raises(KeyboardInterrupt):
             make(subject, work)
         before, may_stop = made[:], False
-        return make(subject, work), before, made, work.exists()
+        return make(subject, work), before, made
 
 
 def test_the_same_seed_gives_every_number_again(certificate, resumed):
@@ -129,12 +129,11 @@ def test_another_seed_gives_other_numbers(subject, small, certificate, tmp_path)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(certificate, resumed):
-    again, before, made, is_left = resumed
+    again, before, made = resumed
     assert again.cells == certificate.cells
     assert len(before) == 2
     assert len(made) == len(set(made)) == len(certificate.cells)
     assert made[:2] == before
-    assert not is_left
 
 
 def test_what_was_not_changed_holds(subject, small, certificate):
@@ -167,6 +166,74 @@ def test_a_headline_that_its_rows_do_not_bear_out_is_found(subject, small, certi
     headline = certificate.headline.model_copy(update={"sentence": "All is well."})
     changed = renumber(certificate.model_copy(update={"headline": headline}))
     assert verify(changed, subject, rows=0)[0].startswith("Its headline says sentence")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: {"cells": c.cells[1:]},
+        lambda c: {"cells": (*c.cells, c.cells[0])},
+        lambda c: {"cells": ()},
+        lambda c: {"cells": (without_adaptive(c.cells[0]), *c.cells[1:])},
+        lambda c: {"prompts": c.prompts[:-1]},
+    ],
+)
+def test_what_was_left_out_is_found(subject, small, certificate, change):
+    forged = renumber(certificate.model_copy(update=change(certificate)))
+    assert verify(forged, subject, rows=0) == [
+        "Its rows are not those of preset 'quick', each of them once."
+    ]
+
+
+def without_adaptive(cell):
+    return cell.model_copy(update={"rows": cell.rows[:1]})
+
+
+@pytest.mark.parametrize("search", ["none", "suffix"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: {"recovered": Rate.of(row.recovered.hits ^ 1, row.recovered.count)},
+        lambda row: {"prompts": ()},
+        lambda row: {"prompts": ("how do i heat the door ?", *row.prompts[1:])},
+    ],
+)
+def test_prompts_that_do_otherwise_are_found(
+    subject, small, certificate, search, change
+):
+    rows = list(certificate.prompts)
+    number = next(n for n, row in enumerate(rows) if row.search == search)
+    row = rows[number]
+    if "prompts" in change(row) and change(row)["prompts"]:
+        # Words that bring nothing back, where the row says that they do.
+        full = Rate.of(row.recovered.count, row.recovered.count)
+        row = row.model_copy(update={"recovered": full})
+    rows[number] = row.model_copy(update=change(row))
+    headline = certify_module.summarise(certificate.cells, rows)
+    changed = {"prompts": tuple(rows), "headline": headline}
+    forged = renumber(certificate.model_copy(update=changed))
+    (found,) = verify(forged, subject, rows=0)
+    assert found == f"The prompts of search {search!r}, {row.attacker}, do otherwise."
+
+
+def test_what_a_server_let_through_is_in_the_headline(certificate):
+    served = Served(attempts=24, recovered=3, blocked=20, flagged=0)
+    rows = [row.model_copy(update={"served": served}) for row in certificate.prompts]
+    told = certify_module.summarise(certificate.cells, rows[:2]).sentence
+    assert told.endswith(
+        "Of 48 replies that a server gave to such prompts 6 held the suppressed "
+        "behaviour."
+    )
+    # Twin: nothing is said of a server that let nothing through.
+    assert "replies" not in certificate.headline.sentence
+
+
+def test_a_rate_has_the_bounds_of_its_counts():
+    rate = Rate.of(1, 8).model_dump()
+    assert Rate.model_validate(rate) == Rate.of(1, 8)
+    for change in ({"upper": 0.1}, {"low": 0.1}, {"hits": 9}, {"hits": -1}):
+        with pytest.raises(ValidationError):
+            Rate.model_validate(rate | change)
 
 
 def test_a_certificate_of_another_policy_is_found(subject, small, certificate):

@@ -1,12 +1,17 @@
 """`guard certify` on the command line: one clear line for what cannot be certified."""
 
 import json
+import shutil
 import sys
 
 import pytest
 
 from guard.cli import main
 from guard.demo.measure import ORGANISM
+from guard.provenance import ROOT
+from guard.redteam import command
+from guard.redteam.certificate import load_certificate
+from guard.testing import make_toy_model
 
 
 @pytest.fixture
@@ -22,6 +27,7 @@ def run(monkeypatch, capsys):
 
 
 POLICY = ("--policy", ORGANISM / "policy.yaml")
+CERTIFICATE = load_certificate(ROOT / "benchmarks" / "results" / "certificate.json")
 
 
 def test_its_schema_is_printed_for_whoever_reads_certificates(run):
@@ -40,6 +46,9 @@ def test_its_schema_is_printed_for_whoever_reads_certificates(run):
         ([*POLICY, "--name", "other"], "Unknown policy 'other'"),
         ([*POLICY, "--prompts", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         ([*POLICY, "--output", "nowhere/c.json"], "nowhere: is no folder"),
+        ([*POLICY, "--output", "."], ".: is no name for a JSON file"),
+        ([*POLICY, "--output", "c.html"], "c.html: is no name for a JSON file"),
+        ([*POLICY, "--verify", "c.json", "--rows", "0"], "'--rows'"),
         ([*POLICY, "--preset", "long"], "'long' is not"),
         ([*POLICY, "--verify", "nowhere.json"], "nowhere.json: cannot be read"),
         ([*POLICY, "--url", "http://127.0.0.1:9"], "does not answer"),
@@ -61,6 +70,46 @@ def test_what_is_no_certificate_is_one_line(run, tmp_path, text):
     assert code == 1
     assert f"{path}: is no certificate" in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_model_that_is_none_is_one_line(run, tmp_path):
+    shutil.copytree(ORGANISM / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    code, _, err = run(*POLICY, tmp_path / "model", "--no-serve")
+    assert code == 1
+    assert "no" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_another_model_is_refused_before_it_runs(run, tmp_path):
+    make_toy_model(tmp_path / "model")
+    code, _, err = run(*POLICY, tmp_path / "model", "--no-serve")
+    assert code == 1
+    assert "was made for another model" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_what_was_done_is_kept_until_the_certificate_is_written(run, tmp_path):
+    """A page that cannot be written costs nothing but the writing."""
+    done = tmp_path / "c.parts"
+
+    def certify(*_, work, **__):
+        work.mkdir()
+        return CERTIFICATE
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "certify", certify)
+        (tmp_path / "c.html").mkdir()
+        code, _, err = run(*POLICY, "--output", tmp_path / "c.json", "--no-serve")
+        assert code == 1
+        assert "c.html: cannot be written (Is a directory); what was done is" in err
+        assert done.exists()
+        (tmp_path / "c.html").rmdir()
+        done.rmdir()
+        code, *_ = run(*POLICY, "--output", tmp_path / "c.json", "--no-serve")
+    assert not code
+    assert (tmp_path / "c.html").is_file()
+    assert not done.exists()
 
 
 def test_prompts_of_one_sort_alone_are_refused(run, tmp_path):

@@ -114,6 +114,9 @@ def test_without_a_policy_none_is_asked_for():
         lambda answer: answer["choices"].append(answer["choices"][0]),
         lambda answer: answer["guard"].pop("action"),
         lambda answer: answer.update(guard=None),
+        lambda answer: answer["guard"].update(action=["allow"]),
+        lambda answer: answer["guard"].update(fingerprint=7),
+        lambda answer: answer["choices"][0]["message"].update(content=5),
     ],
 )
 def test_an_answer_without_a_verdict_is_refused(change):

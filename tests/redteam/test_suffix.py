@@ -70,6 +70,20 @@ def test_only_words_that_a_client_can_write_are_tried(target, far):
     assert all(set(p[2:6]) <= set(allowed) for p in result.prompts)
 
 
+def test_what_no_text_becomes_is_not_tried(target, far):
+    def can_send(prompt):
+        return 30 not in prompt
+
+    config = replace(SMALL, queries=32)
+    allowed = [9, 30, 31, 64, 120, 150]
+    _, steps = search(target, far[:1], config, allowed=allowed, can_send=can_send)
+    assert not any((step.tokens == 30).any() for step in steps)
+    assert sum(len(step.tokens) for step in steps) == config.queries
+    # Twin: without a word on it, it is.
+    _, steps = search(target, far[:1], config, allowed=allowed)
+    assert any((step.tokens == 30).any() for step in steps)
+
+
 def test_runs_of_words_are_copied_from_ordinary_messages(target, far):
     message = [70, 71, 72, 73, 74, 75]
     allowed = [9, 30, 31, 64, 120, 150]
