@@ -1,7 +1,8 @@
 # The commands a person needs. Each sets up what is missing, once.
 #
 #   make demo    the organism behind a guarded server    ARGS="--once" and the like
-#   make test    the whole test suite                    ARGS="-k clamp" WORKERS=0
+#   make test    the test suite                          ARGS="-k clamp" WORKERS=0
+#                with all that takes long, as in CI       ARGS=--slow
 #   make check   lint, format, types, import contract
 #   make fuzz    many more hostile files and requests    CASES=10000
 #   make docs    the generated parts of docs/
@@ -61,6 +62,7 @@ bench: .venv/.ready build/organism-1
 	$(bin)/python -m benchmarks.false_alarms
 	$(bin)/python -m benchmarks.drift
 	$(bin)/python -m benchmarks.detection --organism build/organism-1
+	$(bin)/python -m benchmarks.forced --organism build/organism-1
 	$(bin)/guard certify --policy guard/demo/organism/policy.yaml \
 		--output benchmarks/results/certificate.json
 	$(bin)/guard certify --policy build/organism-1/policy.yaml \

@@ -1,4 +1,7 @@
-"""What every test may use: the async backend, a real Prometheus, the order."""
+"""What every test may use: the async backend, a real Prometheus, the order.
+
+And which tests run: those of `SLOW` with `--slow`, or where they are named.
+"""
 
 import functools
 from pathlib import Path
@@ -9,9 +12,22 @@ import torch
 from hypothesis import HealthCheck, settings
 from tools import find_tool
 
-E2E = Path(__file__).parent / "e2e"
+TESTS = Path(__file__).parent
+E2E = TESTS / "e2e"
 SHARED = ("toy_server", "drafting_server")
 """Servers of a session."""
+SLOW = (
+    "deploy/test_docker.py",
+    "e2e/test_audit.py",
+    "e2e/test_deploy.py",
+    "e2e/test_game_day.py",
+    "e2e/test_load.py",
+    "e2e/test_outage.py",
+    "e2e/test_parallel.py",
+    "e2e/test_replicas.py",
+    "e2e/test_soak.py",
+)
+"""What takes several servers, breaks one at every test, or builds images."""
 
 # Small tensors: a second thread only gets in the way of the servers under test.
 torch.set_num_threads(1)
@@ -21,6 +37,11 @@ settings.register_profile(
     "house", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("house")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer `--slow`, as CI asks."""
+    parser.addoption("--slow", action="store_true", help="run the slow tests as well")
 
 
 @pytest.fixture
@@ -42,6 +63,9 @@ def pytest_collection_modifyitems(
     One process runs them after everything quicker. Several begin with them: the first
     with the files that share servers, the others with those that start their own.
     """
+    left_out = {item for item in items if is_left_out(item.path, config)}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
     for item in items:
         if E2E in item.path.parents:
             item.add_marker(pytest.mark.e2e)
@@ -49,6 +73,13 @@ def pytest_collection_modifyitems(
         items.sort(key=lambda item: (not is_e2e(item), not shares_servers(item.path)))
     else:
         items.sort(key=is_e2e)
+
+
+def is_left_out(path: Path, config: pytest.Config) -> bool:
+    """Whether a file is slow, and nobody asked for it."""
+    named = {config.rootpath / arg.partition("::")[0] for arg in config.args}
+    is_asked_for = config.getoption("--slow") or path in named
+    return not is_asked_for and path in {TESTS / name for name in SLOW}
 
 
 def is_e2e(item: pytest.Item) -> bool:

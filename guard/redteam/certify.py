@@ -93,8 +93,12 @@ LIMITS = (
     "as independent, are too narrow; the number of topics stands beside each rate.",
     "Attackers are those that are listed. A stronger search may find more; no search "
     "shows that there is nothing to find.",
-    "A latent attacker edits the stream behind the clamp. No client can do that: his "
-    "numbers bound what could exist, and are no rate of anything that happens.",
+    "Who only writes prompts writes words before one message of a user, in a chat. An "
+    "answer that begins as he likes, in the prompt or by a constraint on decoding, is "
+    "not among his means here.",
+    "A latent attacker edits the stream behind the clamp, hidden from the clamped "
+    "latents. No client can do that: his numbers bound what could exist, and are no "
+    "rate of anything that happens.",
     "False alarms are promised for traffic like that of the calibration, on average "
     "over calibrations.",
 )
