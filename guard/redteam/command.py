@@ -134,8 +134,8 @@ def make_certificate(
         write_report(found, page)
     except OSError as error:
         message = (
-            f"{error.filename}: cannot be written ({error.strerror}); what was done is "
-            f"kept in {work}, for the same command again."
+            f"{error.filename or output}: cannot be written ({error.strerror}); what "
+            f"was done is kept in {work}, for the same command again."
         )
         raise CertificateError(message) from error
     # Not before: an interrupted run goes on from its parts.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from guard.errors import PromptError
 from guard.redteam.objective import Judgement, Objective, places
 from guard.redteam.target import Dialogue, Target, answer
 
@@ -137,6 +138,7 @@ def attack_prompts(
 
     Raises:
         ValueError: There is nothing to attack, no word to write, no place, or no query.
+        PromptError: Nothing that was drawn can be sent.
     """
     if not wanted:
         raise ValueError("No sample to attack; expected at least one valid sample.")
@@ -169,7 +171,11 @@ def attack_prompts(
         search = _Search(objective, config, allowed, messages, can_send, batch_size)
         for tokens, judgement in search.run():
             on_step(Attempt(number, tokens, judgement))
-        assert search.best is not None, "a search without a query"
+        if search.best is None:
+            raise PromptError(
+                f"No prompt of {config.length} drawn words can be sent; expected a "
+                "tokenizer that makes the same tokens of their text."
+            )
         found.append(search.best)
         queries.append(search.queries)
     prompts = [o.prompt(f.tokens) for o, f in zip(objectives, found, strict=True)]

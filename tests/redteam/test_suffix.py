@@ -9,6 +9,7 @@ from redteam.penalty import Ceiling
 
 from guard.demo.grammar import prompts
 from guard.demo.target import to_dialogue
+from guard.errors import PromptError
 from guard.redteam.objective import Template
 from guard.redteam.suffix import SuffixConfig, attack_prompts
 from guard.redteam.target import answer, record_runs
@@ -79,6 +80,8 @@ def test_what_no_text_becomes_is_not_tried(target, far):
     _, steps = search(target, far[:1], config, allowed=allowed, can_send=can_send)
     assert not any((step.tokens == 30).any() for step in steps)
     assert sum(len(step.tokens) for step in steps) == config.queries
+    with pytest.raises(PromptError, match="No prompt of 4 drawn words can be sent"):
+        search(target, far[:1], config, allowed=allowed, can_send=lambda prompt: False)
     # Twin: without a word on it, it is.
     _, steps = search(target, far[:1], config, allowed=allowed)
     assert any((step.tokens == 30).any() for step in steps)
