@@ -114,9 +114,7 @@ def search(subject: Subject, case: Case, tries: int) -> list[list[int]]:
     """Return prompts with words before the message that hide what is prefilled."""
     receiver = subject.receiver(subject.policy)
     evasion = Evasion(subject.reader, receiver, max_tokens=subject.target.max_tokens)
-    around = find_template(subject)
-    special = set(subject.tokenizer.all_special_ids)
-    allowed = sorted(set(range(subject.target.model.config.vocab_size)) - special)
+    around, allowed = find_template(subject), subject.words
     found = []
     for sample, prompt, words in zip(
         subject.samples, case.prompts, case.forced, strict=True

@@ -31,14 +31,14 @@ def describe_run() -> dict[str, Any]:
 
 def _find_command() -> str:
     """Return how this process was started, without its secrets or where things lie."""
-    started = sys.orig_argv
-    if len(started) > 1 and Path(started[1]).is_file():
-        return shlex.join(_redact([Path(started[1]).name, *started[2:]]))
-    return shlex.join(_redact([Path(sys.executable).name, *started[1:]]))
+    program, *words = [sys.executable, *sys.orig_argv[1:]]
+    if words and Path(words[0]).is_file():
+        program, *words = words
+    return shlex.join([Path(program).name, *_redact(words)])
 
 
 def _redact(words: list[str]) -> list[str]:
-    """Return a command without the values of its secrets: results are published."""
+    """Return words of a command without its secrets: results are published."""
     told = list(words)
     for index, word in enumerate(words):
         option, given, _ = word.partition("=")

@@ -52,7 +52,6 @@ from guard.redteam.prompt import (
     serve_prompts,
 )
 from guard.redteam.replay import attribute, conclude
-from guard.redteam.subject import check_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -281,7 +280,7 @@ def _describe(subject: Subject) -> Certified:
     calibration = next(iter(subject.calibrations.values()))
     return Certified(
         model=str(calibration.provenance.get("model", subject.folder.name)),
-        model_digest=check_model(subject.folder, subject.calibrations),
+        model_digest=subject.model_digest,
         policy=subject.name,
         policy_fingerprint=fingerprint(subject.policy_file, subject.name),
         saes={name: source.sha256 for name, source in subject.policy_file.saes.items()},

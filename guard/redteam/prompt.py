@@ -145,9 +145,7 @@ def _suffix(
     seed: int,
     on_sample: Callable[[], object],
 ) -> _Found:
-    special = set(subject.tokenizer.all_special_ids)
-    vocabulary = range(subject.target.model.config.vocab_size)
-    allowed = [token for token in vocabulary if token not in special]
+    template, words = find_template(subject), subject.words
     messages = [
         subject.tokenizer.encode(message["content"], add_special_tokens=False)
         for prompt in subject.benign
@@ -169,8 +167,8 @@ def _suffix(
             subject.target,
             [sample],
             config,
-            template=find_template(subject),
-            allowed=allowed,
+            template=template,
+            allowed=words,
             messages=messages,
             can_send=can_send,
             penalty=penalty,

@@ -63,6 +63,7 @@ class Subject:
 
     folder: Path
     """Of the model."""
+    model_digest: str
     policy_file: PolicyFile
     name: str
     """Of the policy."""
@@ -99,6 +100,13 @@ class Subject:
     def wanted(self) -> list[Dialogue]:
         """What the clamp suppressed."""
         return [sample.wanted for sample in self.samples]
+
+    @property
+    def words(self) -> list[int]:
+        """Token ids that a client can write."""
+        special = set(self.tokenizer.all_special_ids)
+        vocabulary = range(self.target.model.config.vocab_size)
+        return [token for token in vocabulary if token not in special]
 
     @property
     def parts(self) -> list[Dialogue]:
@@ -242,7 +250,7 @@ def load_subject(
     saes = load_saes(policy_file)
     calibrations = load_calibrations(policy_file)
     check_calibrations(policy_file, calibrations)
-    check_model(folder, calibrations)
+    model_digest = _check_model(folder, calibrations)
     held = held_layers(policy_file, name, saes)
     clamp = policy_clamp(held)
     model, tokenizer = load_transformer(folder)
@@ -277,6 +285,7 @@ def load_subject(
     pairs = zip(wanted, attacked, valid, strict=True)
     return Subject(
         folder=folder,
+        model_digest=model_digest,
         policy_file=policy_file,
         name=name,
         target=target,
@@ -292,7 +301,7 @@ def load_subject(
     )
 
 
-def check_model(folder: Path, calibrations: Mapping[str, Calibration]) -> str:
+def _check_model(folder: Path, calibrations: Mapping[str, Calibration]) -> str:
     """Return the digest of a model.
 
     Raises:

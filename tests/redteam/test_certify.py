@@ -195,7 +195,11 @@ def without_adaptive(cell):
     [
         lambda row: {"recovered": Rate.of(row.recovered.hits ^ 1, row.recovered.count)},
         lambda row: {"prompts": ()},
-        lambda row: {"prompts": ("how do i heat the door ?", *row.prompts[1:])},
+        # Words that bring nothing back, where the row says that they do.
+        lambda row: {
+            "prompts": ("how do i heat the door ?", *row.prompts[1:]),
+            "recovered": Rate.of(row.recovered.count, row.recovered.count),
+        },
     ],
 )
 def test_prompts_that_do_otherwise_are_found(
@@ -204,10 +208,6 @@ def test_prompts_that_do_otherwise_are_found(
     rows = list(certificate.prompts)
     number = next(n for n, row in enumerate(rows) if row.search == search)
     row = rows[number]
-    if "prompts" in change(row) and change(row)["prompts"]:
-        # Words that bring nothing back, where the row says that they do.
-        full = Rate.of(row.recovered.count, row.recovered.count)
-        row = row.model_copy(update={"recovered": full})
     rows[number] = row.model_copy(update=change(row))
     headline = certify_module.summarise(certificate.cells, rows)
     changed = {"prompts": tuple(rows), "headline": headline}

@@ -8,9 +8,11 @@ import pytest
 
 from guard.cli import main
 from guard.demo.measure import ORGANISM
+from guard.errors import CertificateError
 from guard.provenance import ROOT
 from guard.redteam import command
 from guard.redteam.certificate import load_certificate
+from guard.redteam.subject import load_transformer
 from guard.testing import make_toy_model
 
 
@@ -77,8 +79,10 @@ def test_a_model_that_is_none_is_one_line(run, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     code, _, err = run(*POLICY, tmp_path / "model", "--no-serve")
     assert code == 1
-    assert "no" in err
+    assert "was made for another model" in err  # its weights are part of what it is
     assert len(err.splitlines()) == 1
+    with pytest.raises(CertificateError, match="is no model that transformers loads"):
+        load_transformer(tmp_path / "model")
 
 
 def test_another_model_is_refused_before_it_runs(run, tmp_path):
