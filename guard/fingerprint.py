@@ -44,6 +44,8 @@ def fingerprint(policy_file: PolicyFile, name: str) -> str:
     policy = policy_file.policies[name]
     # A certificate names the fingerprint, and so cannot be in it.
     content = policy.model_dump(mode="json", exclude={"certificate"})
+    if policy.constrained_decoding == "allow":
+        content.pop("constrained_decoding")  # as before there was such a key
     used = {rule.sae for rule in policy.clamps}
     used |= {monitor.sae for monitor in policy.monitors if monitor.sae}
     for monitor, dumped in zip(policy.monitors, content["monitors"], strict=True):

@@ -327,6 +327,16 @@ class Policy(_Frozen):
     the model computes in between blocks too. Without effect under `observe`, where
     nothing can be stopped.
     """
+    constrained_decoding: Literal["allow", "refuse"] = "allow"
+    """Whether a client may constrain which tokens are decoded.
+
+    Monitors are calibrated on answers that the model gives freely. `refuse` answers 400
+    to `structured_outputs`, a `response_format` other than text, a `tool_choice` that
+    demands a call, `logit_bias`, `allowed_token_ids`, `bad_words`,
+    `thinking_token_budget`, `stop_token_ids` beside `min_tokens`, and `vllm_xargs`,
+    which are for samplers; under `observe` too. Penalties and temperature stay the
+    client's.
+    """
     clamps: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
     """Applied in this order, all to the activations of the untouched stream."""
     monitors: Annotated[tuple[Monitor, ...], Field(max_length=MAX_MONITORS)] = ()
@@ -614,6 +624,7 @@ _NOUNS: Mapping[str, str] = {
     "on_alarm": "an action",
     "unscored": "an action",
     "on_error": "a choice",
+    "constrained_decoding": "a choice",
     "position": "a position",
 }
 

@@ -279,6 +279,9 @@ FAULTS = [
     ("allow_unverified_model: false", "allow_unverified_model: 1", "4: allow_unverified_model: 1 should be a valid boolean"),
     ("hold_tokens: 0", "hold_tokens: 1025", "12: policies.default.hold_tokens: 1025 should be less than or equal to 1024"),
     ("hold_tokens: 0", "hold_tokens: -1", "12: policies.default.hold_tokens: -1 should be greater than or equal to 0"),
+    ("hold_tokens: 0", "constrained_decoding: deny", "12: policies.default.constrained_decoding: 'deny' is not a choice; expected one of allow, refuse"),
+    ("hold_tokens: 0", "constrained_decoding: true", "12: policies.default.constrained_decoding: True is not a choice; expected one of allow, refuse"),
+    ("hold_tokens: 0", "constrain_decoding: refuse", "12: policies.default.constrain_decoding: unknown key; did you mean 'constrained_decoding'?"),
     ("latents: [827, 224]", "latents: [827, -1]", f"14: {CLAMP0}.latents[1]: -1 should be greater than or equal to 0"),
     ("latents: [827, 224]", "latents: [1e99]", f"14: {CLAMP0}.latents[0]: 1e+99 should be a valid integer (and 1 more)"),
     ("latents: [827, 224]", "latents: []", f"14: {CLAMP0}.latents: is empty; expected at least 1 entry"),
@@ -515,6 +518,7 @@ def test_a_fingerprint_does_not_depend_on_layout_place_or_neighbours(
         ("above: 0.5", "above: 0.6"),
         ("mode: enforce", "mode: observe"),
         ("hold_tokens: 0", "hold_tokens: 1"),
+        ("hold_tokens: 0", "hold_tokens: 0\n    constrained_decoding: refuse"),
         ("target_fpr: 0.01", "target_fpr: 0.02"),
         ("on_alarm: block", "on_alarm: flag"),
         ("score: density", "score: error"),
@@ -540,6 +544,12 @@ def test_a_fingerprint_of_earlier_files_stays_what_it_was(tmp_path: Path) -> Non
     assert fingerprint(served(tmp_path), "default") == (
         "0869dfd64a8e1e4b895e0565b5f615466b9d7640f4cde72862765bf1dc4d2ba0"
     )
+
+
+def test_saying_what_holds_anyway_changes_no_fingerprint(tmp_path: Path) -> None:
+    said = edit(FULL, "hold_tokens: 0", "constrained_decoding: allow")
+    before = fingerprint(served(tmp_path), "default")
+    assert fingerprint(served(tmp_path, said), "default") == before
 
 
 def test_a_fingerprint_needs_no_probe_whose_weights_stand_in_the_calibration(

@@ -83,6 +83,8 @@ policies:
     mode: enforce
     # More than half of an answer: what is only clear from its steps is still stopped.
     hold_tokens: 8
+    # Monitors know answers that were given freely.
+    constrained_decoding: refuse
     clamps:
       - {{name: jailbreak, sae: {name}, latents: {latents}, law: ablate}}
     monitors:

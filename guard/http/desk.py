@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from guard.constraint import constraint_error
 from guard.errors import RequestError
 from guard.http.keys import ADMIN_HEADER, ADMIN_VARIABLE, AdminToken, KeyRing
 from guard.request import TICKET_SECONDS, GuardField, Ticket, sign_ticket
@@ -72,6 +73,7 @@ class Desk(Protocol):
         authorization: str | None,
         choices: int,
         admin_token: str | None = None,
+        constraint: str | None = None,
     ) -> Admission:
         """Choose the policy of a request, and its drill.
 
@@ -80,9 +82,11 @@ class Desk(Protocol):
             authorization: The request's `Authorization` header.
             choices: How many choices the answer should have.
             admin_token: The request's `x-guard-admin-token` header.
+            constraint: Field of its body that constrains decoding, if any.
 
         Raises:
-            RequestError: 400 for an unknown policy or drill, 403 for one not allowed.
+            RequestError: 400 for an unknown policy or drill and for a constraint that
+                the policy refuses, 403 for a policy or drill not allowed.
         """
 
     def verdicts(self, guard_id: str) -> Mapping[int, Verdict]:
@@ -110,6 +114,8 @@ class _Terms:
     """Of every policy there is, by name."""
     public: tuple[str, ...]
     """What a client without a tenant may name, its default first."""
+    refusing: frozenset[str]
+    """Policies under which no client constrains what is decoded."""
     drills: frozenset[str]
     keys: KeyRing
 
@@ -173,6 +179,11 @@ class PolicyDesk:
             generation=generation,
             fingerprints=dict(fingerprints),
             public=(default, *others),
+            refusing=frozenset(
+                name
+                for name, policy in policy_file.policies.items()
+                if policy.constrained_decoding == "refuse"
+            ),
             drills=frozenset(drill.name for drill in policy_file.drills),
             keys=keys,
         )
@@ -213,13 +224,15 @@ class PolicyDesk:
         authorization: str | None,
         choices: int,
         admin_token: str | None = None,
+        constraint: str | None = None,
     ) -> Admission:
         """Let a request in under a policy that its client may use.
 
         Raises:
-            RequestError: 400 for an unknown policy or drill, 403 for a policy not
-                offered to it and for a drill without the administrator's token, 503
-                where too many requests are open.
+            RequestError: 400 for an unknown policy or drill and for a constraint that
+                the policy refuses, 403 for a policy not offered to it and for a drill
+                without the administrator's token, 503 where too many requests are
+                open.
         """
         terms = self._terms
         offer = self.offer(authorization)
@@ -239,6 +252,8 @@ class PolicyDesk:
             )
         if field.drill is not None:
             self._check_drill(field.drill, admin_token)
+        if constraint is not None and policy in terms.refusing:
+            raise constraint_error(constraint)
         if len(self._visits) >= self._max_open:
             raise RequestError(
                 f"The server has {self._max_open} requests open; expected fewer. Try "

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from guard.constraint import find_constraint
 from guard.errors import RequestError
 from guard.http.desk import Admission, Desk
 from guard.http.keys import ADMIN_HEADER
@@ -140,6 +141,7 @@ class GuardMiddleware:
             authorization=_authorization(scope),
             choices=count_choices(body, kind),
             admin_token=Headers(scope=scope).get(ADMIN_HEADER),
+            constraint=find_constraint(body),
         )
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:

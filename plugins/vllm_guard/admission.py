@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from guard.constraint import constraint_error, find_param_constraint
 from guard.generation import Generation
 from guard.request import TICKET_KEY, Fault, Ticket, Trace, read_ticket
 from guard.verdict import Verdict, decide, report
@@ -145,6 +146,9 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
     Args:
         request: vLLM's `EngineCoreRequest`; changed in place, its params copied.
         max_model_len: Most tokens a request can have.
+
+    Raises:
+        RequestError: It constrains decoding, and its policy refuses that.
     """
     state = context.get()
     params = request.sampling_params
@@ -157,6 +161,7 @@ def admit(request: Any, *, max_model_len: int) -> Watched:
         if ticket is None and TICKET_KEY in extra_args:
             logger.warning("A ticket was altered, expired or used up; it counts not.")
     ticket, generation = choose_policy(ticket)
+    _check_constraint(ticket, generation, params)
     if params is not None:
         # The children of one request share their params: a copy, never a change.
         request.sampling_params = params = copy.copy(params)
@@ -198,10 +203,14 @@ def begin_verdict(params: Any) -> Verdict:
 
     Args:
         params: Its sampling params, as they are sent to the engine core.
+
+    Raises:
+        RequestError: They constrain decoding, and its policy refuses that.
     """
     text = ((params and params.extra_args) or {}).get(TICKET_KEY)
     ticket = read_ticket(text, context.get().secret, now=time.time())
     ticket, generation = choose_policy(ticket)
+    _check_constraint(ticket, generation, params)
     return Verdict(
         id=ticket.guard_id,
         policy=ticket.policy,
@@ -210,6 +219,15 @@ def begin_verdict(params: Any) -> Verdict:
         action="allow",
         drill=ticket.drill,
     )
+
+
+def _check_constraint(ticket: Ticket, generation: Generation, params: Any) -> None:
+    """Raise RequestError where params constrain what the policy wants free."""
+    policy = generation.policy_file.policies[ticket.policy]
+    if policy.constrained_decoding == "refuse":
+        constraint = find_param_constraint(params)
+        if constraint is not None:
+            raise constraint_error(constraint)
 
 
 def _is_known(ticket: Ticket, generation: Generation) -> bool:

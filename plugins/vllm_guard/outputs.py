@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from guard.errors import RequestError
 from vllm_guard import context
 from vllm_guard.admission import begin_verdict
 from vllm_guard.engine import BLOCK_REASON
@@ -41,11 +42,21 @@ def _add_request(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Know under which policy a request begins, should its client leave at once."""
+    """Know under which policy a request begins, should its client leave at once.
+
+    The engine core refuses what a policy refuses too, but as a failure of the server:
+    here vLLM still tells a client, or the caller of `LLM.generate`, what is wrong.
+    """
+    try:
+        begun = begin_verdict(request.sampling_params)
+    except RequestError as error:
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(error.message, parameter=error.param) from error
     original(processor, request, *args, **kwargs)
     state = processor.request_states.get(request.request_id)
     if state is not None:
-        context.get_board().begin(state, begin_verdict(request.sampling_params))
+        context.get_board().begin(state, begun)
 
 
 def _process_outputs(

@@ -315,7 +315,8 @@ policies:
     clamps:
       - {name: hold, sae: s, latents: [1, 2], law: ablate}
   open: {}
+  free: {constrained_decoding: refuse}
   staff: {mode: observe}
 default_policy: default
-public_policies: [default, held, open]
+public_policies: [default, held, open, free]
 """

@@ -10,6 +10,7 @@ import openai
 import pytest
 from e2e.serving import Server
 
+from benchmarks.steps import StepRecord
 from guard.http.route import decide_route
 
 PROMPTS = [
@@ -216,6 +217,33 @@ def test_what_would_slip_past_the_guard_is_refused(
     with pytest.raises(openai.BadRequestError) as refused:
         complete(toy_server, "w1", extra_body=extra)
     assert refused.value.param == param
+
+
+JSON_OBJECT: dict[str, Any] = {"response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        (JSON_OBJECT, "response_format"),
+        ({"structured_outputs": {"regex": "(w1)+"}}, "structured_outputs"),
+        ({"logit_bias": {"5": 100}}, "logit_bias"),
+        ({"bad_words": ["w1"]}, "bad_words"),
+        ({"stop_token_ids": [5, 6], "min_tokens": 4}, "stop_token_ids"),
+    ],
+)
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_who_constrains_decoding_is_refused_and_his_neighbour_answered(
+    extra: dict[str, Any], param: str, ask: Any, toy_server: Server, steps: StepRecord
+) -> None:
+    ran = steps.count_tokens()
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(toy_server, "w1 w2 w3", extra_body=under("free") | extra)
+    assert refused.value.param == param
+    assert "constrains which tokens may be decoded" in refused.value.message
+    assert steps.count_tokens() == ran
+    for body in (under("free"), under("open") | extra):
+        assert ask(toy_server, "w1 w2 w3", extra_body=body).guard["action"] == "allow"
 
 
 @pytest.mark.parametrize(

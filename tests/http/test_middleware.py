@@ -12,6 +12,7 @@ from guard.http import GuardMiddleware
 from guard.http.openai import REFUSAL
 from guard.http.stream import NO_VERDICT
 from guard.metrics import Metrics
+from guard.policy import Policy
 
 pytestmark = pytest.mark.anyio
 
@@ -98,6 +99,36 @@ async def test_a_refused_request_never_reaches_the_application(
     assert error["param"] == param
     assert server.bodies == []
     assert desk._visits == {}
+
+
+CONSTRAINED = [
+    (CHAT, "response_format", {"response_format": {"type": "json_object"}}),
+    (CHAT, "tool_choice", {"tool_choice": "required", "tools": []}),
+    (CHAT, "logit_bias", {"logit_bias": {"5": 100}}),
+    (COMPLETION, "structured_outputs", {"structured_outputs": {"regex": "a"}}),
+    (COMPLETION, "stop_token_ids", {"stop_token_ids": [5], "min_tokens": 1}),
+]
+
+
+@pytest.mark.parametrize(("path", "param", "body"), CONSTRAINED)
+async def test_a_constraint_is_refused_where_the_policy_says_so(
+    client, server, desk, policy_file, path, param, body
+):
+    strict = Policy(constrained_decoding="refuse")
+    prints = {"default": "f-default", "open": "f-open"}
+    changed = policy_file.model_copy(
+        update={"policies": {"default": strict, "open": Policy()}}
+    )
+    desk.offer_terms(changed, prints, keys=desk.keys)
+    error = read_error(await client.post(path, json=body), 400)
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert error["message"].startswith(f"'{param}' constrains which tokens may be ")
+    assert server.bodies == []
+    assert desk._visits == {}
+    # Neither whoever constrains nothing there, nor another policy.
+    for neighbour in ({}, {**body, "guard": {"policy": "open"}}):
+        answer = await client.post(path, json=neighbour)
+        assert answer.status_code == 200
 
 
 async def test_malformed_requests_leave_nothing_behind_and_learn_no_policys_name(

@@ -32,8 +32,9 @@ policies:
     clamps: [{{name: other, sae: s, latents: [4], law: ablate}}]
     {certificate}
   open: {{}}
+  free: {{constrained_decoding: refuse}}
 default_policy: default
-public_policies: [default, research, open]
+public_policies: [default, research, open, free]
 {extra}
 """
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -28,6 +29,8 @@ from vllm_guard.holding import Holding
 from vllm_guard.readings import CARRIER_KEY, RequestReadings
 from vllm_guard.rows import DRILL_KEY, SLOT_KEY
 
+from guard import constraint as constraints
+from guard.errors import RequestError
 from guard.request import TICKET_KEY, Ticket, sign_ticket
 
 OTHER_SECRET = b"x" * 32
@@ -79,6 +82,50 @@ def test_a_valid_ticket_names_the_policy(state: context.Context) -> None:
     assert (watched.id, watched.name) == ("id", "research")
     assert watched.watch.policy is state.current.policy_file.policies["research"]
     assert slot_written(request) == 2
+
+
+CONSTRAINTS: list[dict[str, Any]] = [
+    {"structured_outputs": StructuredOutputsParams(json_object=True)},
+    {"logit_bias": {5: 100.0}},
+    {"allowed_token_ids": [5]},
+    {"bad_words": ["no"]},
+    {"thinking_token_budget": 0},
+    {"trace_decode_token_ids": [5]},
+    {"extra_args": {"whitelist_token_ids": [5]}},
+]
+
+
+def constrain(request: EngineCoreRequest, constraint: dict[str, Any]) -> None:
+    for name, value in constraint.items():
+        known = getattr(request.sampling_params, name) or {}
+        setattr(
+            request.sampling_params,
+            name,
+            known | value if isinstance(value, dict) else value,
+        )
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda one: next(iter(one)))
+def test_a_constraint_that_got_past_the_server_is_refused_in_the_core(
+    state: context.Context, constraint: dict[str, Any]
+) -> None:
+    request = make_request(ticket_for("free", state.secret))
+    assert admit(request).name == "free"
+    request = make_request(ticket_for("free", state.secret))
+    constrain(request, constraint)
+    with pytest.raises(RequestError) as refused:
+        admit(request)
+    assert refused.value.param == next(iter(constraint))
+    request = make_request(ticket_for("open", state.secret))
+    constrain(request, constraint)
+    assert admit(request).name == "open"
+
+
+def test_vllm_knows_every_param_that_is_looked_at() -> None:
+    # One that it names otherwise some day would go through unseen.
+    params = SamplingParams()
+    assert all(hasattr(params, name) for one in CONSTRAINTS for name in one)
+    assert all(hasattr(params, name) for name in constraints._FIELDS)
 
 
 def drill_written(request: EngineCoreRequest) -> int | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessorOutput
 from vllm_guard import context, outputs
@@ -165,6 +166,26 @@ def test_who_leaves_before_the_engine_has_spoken_counts_under_his_policy(
     assert count(registry, "default") == 2
     assert leave(processor, "a") == []
     assert count(registry, "research") == 1
+
+
+def test_a_constraint_is_a_bad_request_before_the_engine_core_sees_it(
+    state: context.Context, registry: CollectorRegistry
+) -> None:
+    processor = LeavableProcessor()
+    request = SimpleNamespace(
+        request_id="a",
+        sampling_params=SimpleNamespace(
+            extra_args=context.sampling_args("free", trace="none"), bad_words=["no"]
+        ),
+    )
+    with pytest.raises(VLLMValidationError, match="'bad_words' constrains") as refused:
+        outputs._add_request(LeavableProcessor.add_request, processor, request)
+    assert refused.value.parameter == "bad_words"
+    assert processor.request_states == {}
+    assert count(registry, "free") == 0
+    request.sampling_params.bad_words = []
+    outputs._add_request(LeavableProcessor.add_request, processor, request)
+    assert list(processor.request_states) == ["a"]
 
 
 def test_a_choice_is_counted_once_though_its_family_is_ended_with_it(
