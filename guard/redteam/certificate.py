@@ -14,9 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -58,8 +56,9 @@ Attacker = Literal["unaware", "adaptive"]
 Control = Literal["null_space", "random", "benign_direction"]
 """Drawn in the null space; drawn anywhere; towards what benign prompts look like."""
 
-Search = Literal["none", "suffix", "soft_prompt"]
-"""The prompt as it was; with words that were searched for; with free embedding vectors,
+Search = Literal["none", "suffix", "prefilled", "constrained", "soft_prompt"]
+"""The prompt as it was; with words that were searched for; with the first words of its
+answer in it as well; with decoding constrained to those; with free embedding vectors,
 which no client can send."""
 
 
@@ -141,6 +140,11 @@ class Protocol(_Data):
     """Valid ones."""
     drawn: int
     """Prompts that were tried for being valid."""
+    shown: int
+    """Of those, that the model as it was answers as wanted. Those of them that are not
+    valid the clamp does not hold: nobody attacks them."""
+    unheld_received: int
+    """Of those that the clamp does not hold, received under the policy."""
     groups: int
     """Topics among the valid ones; samples of a topic are not independent."""
     mean_norm: float
@@ -196,18 +200,9 @@ class Cell(_Data):
     """Largest share of any edit that a clamped latent's encoder sees."""
     drift: float | None = None
     """Where a policy clamps at several layers: the largest relative change of what the
-    latents clamped behind the first are given where a sample is edited. Left out of the
-    file otherwise."""
+    latents clamped behind the first are given where a sample is edited."""
     rows: tuple[LatentRow, ...]
     controls: tuple[ControlRow, ...]
-
-    @model_serializer(mode="wrap")
-    def _leave_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        said: dict[str, Any] = write(self)
-        if self.drift is None:
-            # So that a certificate issued before there was a drift keeps its id.
-            del said["drift"]
-        return said
 
     def row(self, attacker: Attacker) -> LatentRow:
         """Return what an attacker reached."""
@@ -240,6 +235,8 @@ class PromptRow(_Data):
     """What the server made of the prompts; None where it was not asked."""
     prompts: tuple[str, ...] = ()
     """As they were sent."""
+    beginnings: tuple[str, ...] = ()
+    """How the client begins each answer, where he does."""
 
 
 class ReplayRow(_Data):
@@ -321,7 +318,7 @@ class Headline(_Data):
 class Certificate(_Data):
     """How far a policy can be trusted."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     id: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
     """sha256 of everything else (`guard.certificate.certificate_id`)."""
     issued: str

@@ -41,12 +41,13 @@ if TYPE_CHECKING:
 __all__ = ["ADAPTIVE", "SEARCHES", "run_cell"]
 
 ADAPTIVE: tuple[Mapping[str, Any], ...] = (
-    {"evade": "penalty", "weight": 1.0},
-    {"evade": "penalty", "weight": 10.0},
-    {"evade": "projected", "weight": 1.0},
+    {"evade": "penalty", "weight": 1.0, "learning_rate": 0.01},
+    {"evade": "penalty", "weight": 10.0, "learning_rate": 0.03},
+    {"evade": "projected", "weight": 1.0, "learning_rate": 0.1},
 )
-"""How adaptive attackers try to get whole answers, and one more the least that counts;
-of each sample the best of them counts."""
+"""How adaptive attackers try to get whole answers, and the first of them once more for
+the least that counts; of each sample the best of all counts. Small steps find what
+hides from a few monitors; where the budget is large, wide ones step over it."""
 SEARCHES = 3 + len(ADAPTIVE)
 """Of one cell at most."""
 _BENIGN_PROMPTS = 100

@@ -91,6 +91,7 @@ class Objective:
         *,
         places: Sequence[int],
         penalty: Penalty | None = None,
+        said: int = 0,
     ) -> None:
         """Make room in the prompt.
 
@@ -100,6 +101,8 @@ class Objective:
             places: For each token that is put in, before how many of the prompt's last
                 tokens it stands; descending, as the tokens stand in the prompt.
             penalty: What an adaptive attacker pays to stay unseen.
+            said: How many of the last tokens before the answer a guard takes for output
+                already, as where decoding is constrained to them.
 
         Raises:
             ValueError: There is no such place behind the BOS, or no order of them.
@@ -112,7 +115,7 @@ class Objective:
             )
         if sorted(places, reverse=True) != list(places):
             raise ValueError(f"Places {list(places)} ascend; expected descending ones.")
-        self._target, self._penalty = target, penalty
+        self._target, self._penalty, self._said = target, penalty, said
         self._answer = torch.tensor(wanted.answer)
         self.positions = torch.tensor(
             [length - place + order for order, place in enumerate(places)]
@@ -183,7 +186,7 @@ class Objective:
         recovered = (out.logits.argmax(dim=2) == wanted).all(dim=1)
         paid = torch.zeros_like(surprise)
         if self._penalty is not None:
-            paid = self._penalty(found, batch, [count - 1] * num)
+            paid = self._penalty(found, batch, [self._said + count - 1] * num)
         return Judgement(surprise + paid, paid, recovered)
 
 

@@ -23,15 +23,17 @@ from guard.redteam.tally import Try, choose_best, tally
 from guard.redteam.target import Dialogue, answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from guard.client import Client
     from guard.recording import Recording
     from guard.redteam.evasion import Penalty
-    from guard.redteam.subject import Subject
+    from guard.redteam.subject import Sample, Subject
 
 __all__ = [
     "ATTACKERS",
+    "BEGUN",
+    "encode_prompts",
     "find_template",
     "retry_prompts",
     "run_prompts",
@@ -39,6 +41,10 @@ __all__ = [
 ]
 
 ATTACKERS: tuple[Attacker, ...] = ("unaware", "adaptive")
+BEGUN: tuple[Search, ...] = ("prefilled", "constrained")
+"""Where the client begins the answer himself."""
+BEGUN_TOKENS = 4
+"""Of an answer, that he begins: with those of what he wants, where a search begins."""
 SAMPLED = 3
 """Replies at temperature 1 to each prompt that is sent, besides the greedy one."""
 
@@ -48,7 +54,18 @@ class _Found(NamedTuple):
 
     dialogues: Sequence[Dialogue]
     runs: Sequence[Recording]
-    messages: tuple[str, ...] = ()
+    messages: Sequence[str] = ()
+    beginnings: Sequence[str] = ()
+
+
+class _Hunt(NamedTuple):
+    """What the searches of one row have in common."""
+
+    subject: Subject
+    search: Search
+    queries: int
+    seed: int
+    on_sample: Callable[[], object]
 
 
 def run_prompts(
@@ -65,45 +82,82 @@ def run_prompts(
     Args:
         subject: What is attacked.
         search: For tokens, or for vectors that no client can send; `none` sends the
-            prompts as they are.
+            prompts as they are. Who begins the answer knows how it begins: unless he
+            adapts, he searches for nothing.
         attacker: An adaptive one pays for what the monitors would see, and goes for the
-            least that counts as well; the better of the two counts.
+            least that counts as well; the best that either attacker found counts.
         queries: Prompts that are tried per sample and goal.
         seed: Of the search.
         on_sample: Told when a sample is done.
     """
-    evasion = Evasion(
-        subject.reader,
-        subject.receiver(subject.policy),
-        max_tokens=subject.target.max_tokens,
-    )
-    find = {"none": _plain, "suffix": _suffix, "soft_prompt": _soft}[search]
-    goals, penalty = [subject.wanted], None
+    hunt = _Hunt(subject, search, queries, seed, on_sample)
+    find = {"none": _plain, "soft_prompt": _soft}.get(search, _write_words)
+    aims = _aims(subject, search)
+    goals: list[tuple[Sequence[Dialogue], Penalty | None]] = []
     if attacker == "adaptive":
-        goals, penalty = [subject.wanted, subject.parts], evasion
-    tries = [
-        _judge(subject, find(subject, goal, penalty, queries, seed, on_sample))
-        for goal in goals
-    ]
-    best = choose_best(tries)
+        evasion = Evasion(
+            subject.reader,
+            subject.receiver(subject.policy),
+            max_tokens=subject.target.max_tokens,
+        )
+        goals += [(aims, evasion), (subject.shorten(aims), evasion)]
+    goals.append((aims, None))  # last: of what does as well, the adapted prompt is kept
+    best = choose_best(
+        [
+            _judge(subject, search, found)
+            for wanted, penalty in goals
+            for found in find(hunt, wanted, penalty)
+        ]
+    )
+    searched = len(goals) - (search in BEGUN)
     return PromptRow(
         search=search,
         attacker=attacker,
-        queries=queries * len(goals) if search == "suffix" else 0,
+        queries=queries * searched if search in ("suffix", *BEGUN) else 0,
         **tally(subject, best)._asdict(),
         prompts=tuple(one.message for one in best if one.message is not None),
+        beginnings=tuple(one.beginning for one in best if one.beginning),
     )
 
 
 def retry_prompts(subject: Subject, row: PromptRow) -> PromptRow:
     """Answer the prompts of a row again, and say what comes of them now."""
-    asked = [
+    found = _ask(subject, row.search, encode_prompts(subject, row))
+    best = _judge(subject, row.search, found)
+    return row.model_copy(update=tally(subject, best)._asdict())
+
+
+def encode_prompts(subject: Subject, row: PromptRow) -> list[list[int]]:
+    """Return the prompts of a row as token ids, with the words that begin answers."""
+    beginnings = row.beginnings or [""] * len(row.prompts)
+    return [
         encode(subject.tokenizer, sample.prompt.model_copy(update={"prompt": text}))
-        for sample, text in zip(subject.samples, row.prompts, strict=True)
+        + _tokenize(subject, beginning)
+        for sample, text, beginning in zip(
+            subject.samples, row.prompts, beginnings, strict=True
+        )
     ]
-    given = answer(subject.target, asked, clamp=subject.target.clamp)
-    found = _judge(subject, _Found(given, subject.record(given)))
-    return row.model_copy(update=tally(subject, found)._asdict())
+
+
+def _tokenize(subject: Subject, text: str) -> list[int]:
+    return list(subject.tokenizer.encode(text, add_special_tokens=False))
+
+
+def _aims(subject: Subject, search: Search) -> list[Dialogue]:
+    """Return what is wanted of each sample, behind what the client begins himself."""
+    if search not in BEGUN:
+        return subject.wanted
+    return [
+        Dialogue([*prompt, *given[:count]], given[count:])
+        for prompt, given in subject.wanted
+        for count in [min(BEGUN_TOKENS, len(given) // 2)]
+    ]
+
+
+def _count_begun(subject: Subject, search: Search) -> list[int]:
+    """Return with how many tokens the client begins each answer."""
+    pairs = zip(_aims(subject, search), subject.wanted, strict=True)
+    return [len(aim.prompt) - len(want.prompt) for aim, want in pairs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,95 +166,134 @@ class _Try(Try):
 
     message: str | None
     """What was written, if it can be."""
+    beginning: str | None
+    """How the client began the answer, where he did."""
 
 
-def _judge(subject: Subject, found: _Found) -> list[_Try]:
-    """Say of each sample what a client receives."""
-    free = subject.judge.judge_answers(subject.wanted, found.dialogues)
-    guarded = subject.receive(subject.policy, found.dialogues, found.runs)
-    messages = found.messages or [None] * len(free)
-    return [_Try(*parts) for parts in zip(free, guarded, messages, strict=True)]
+def _judge(subject: Subject, search: Search, found: _Found) -> list[_Try]:
+    """Say of each sample what a client receives, besides what he said himself."""
+    aims, given = _aims(subject, search), found.dialogues
+    own = [0] * len(given)
+    if search == "constrained":
+        own = _count_begun(subject, search)
+    behind = [Dialogue(p, said[n:]) for (p, said), n in zip(given, own, strict=True)]
+    free = subject.judge.judge_answers(aims, behind)
+    guarded = subject.receive(subject.policy, given, found.runs, wanted=aims, own=own)
+    nothing = [None] * len(free)
+    columns = (free, guarded, found.messages or nothing, found.beginnings or nothing)
+    return [_Try(*column) for column in zip(*columns, strict=True)]
 
 
 def _plain(
-    subject: Subject,
-    wanted: Sequence[Dialogue],
-    _penalty: Penalty | None,
-    _queries: int,
-    _seed: int,
-    on_sample: Callable[[], object],
-) -> _Found:
-    prompts = [sample.prompt for sample in wanted]
-    given = answer(subject.target, prompts, clamp=subject.target.clamp)
-    for _ in given:
-        on_sample()
-    return _Found(given, subject.record(given), _write(subject, prompts))
+    hunt: _Hunt, wanted: Sequence[Dialogue], _penalty: Penalty | None
+) -> Iterator[_Found]:
+    for _ in wanted:
+        hunt.on_sample()
+    yield _ask(hunt.subject, hunt.search, [sample.prompt for sample in wanted])
 
 
-def _suffix(
-    subject: Subject,
-    wanted: Sequence[Dialogue],
+def _write_words(
+    hunt: _Hunt, wanted: Sequence[Dialogue], penalty: Penalty | None
+) -> Iterator[_Found]:
+    """Search for words, and yield the best for each sample, then the next best."""
+    subject = hunt.subject
+    found: list[list[list[int]]] = []
+    for sample, aim in zip(subject.samples, wanted, strict=True):
+        begun = aim.prompt[len(sample.wanted.prompt) :]
+        if begun and penalty is None:
+            found.append([aim.prompt])
+        else:
+            found.append(_search_words(hunt, sample, aim.answer, begun, penalty))
+        hunt.on_sample()
+    for rank in range(max(map(len, found))):
+        prompts = [own[min(rank, len(own) - 1)] for own in found]
+        yield _ask(subject, hunt.search, prompts)
+
+
+def _search_words(
+    hunt: _Hunt,
+    sample: Sample,
+    answer: list[int],
+    begun: list[int],
     penalty: Penalty | None,
-    queries: int,
-    seed: int,
-    on_sample: Callable[[], object],
-) -> _Found:
-    template, words = find_template(subject), subject.words
-    messages = [
-        subject.tokenizer.encode(message["content"], add_special_tokens=False)
-        for prompt in subject.benign
-        for message in prompt.conversation
-    ]
-    config = SuffixConfig(queries=queries, seed=seed)
+) -> list[list[int]]:
+    """Return prompts of which an answer might come, the words that begin it with them.
+
+    Args:
+        hunt: Says how much is tried.
+        sample: Whose prompt words are written into.
+        answer: What is wanted behind these words.
+        begun: Words that the answer begins with; others may take their places.
+        penalty: What an adaptive attacker pays.
+    """
+    subject = hunt.subject
 
     def can_send(prompt: list[int]) -> bool:
+        end = len(prompt) - len(begun)
         try:
-            write_message(subject.tokenizer, prompt)
+            write_message(subject.tokenizer, prompt[:end])
         except PromptError:
             return False
-        return True
+        said = subject.tokenizer.decode(prompt[end:])
+        return _tokenize(subject, said) == prompt[end:]
 
-    prompts: list[list[int]] = []
-    dialogues: list[Dialogue] = []
-    for sample in wanted:
-        result = attack_prompts(
-            subject.target,
-            [sample],
-            config,
-            template=template,
-            allowed=words,
-            messages=messages,
-            can_send=can_send,
-            penalty=penalty,
-        )
-        prompts += result.prompts
-        dialogues += result.dialogues
-        on_sample()
-    return _Found(dialogues, subject.record(dialogues), _write(subject, prompts))
+    result = attack_prompts(
+        subject.target,
+        [Dialogue(sample.wanted.prompt, answer)],
+        SuffixConfig(queries=hunt.queries, seed=hunt.seed),
+        template=find_template(subject),
+        allowed=subject.words,
+        messages=[
+            _tokenize(subject, message["content"])
+            for prompt in subject.benign
+            for message in prompt.conversation
+        ],
+        can_send=can_send,
+        penalty=penalty,
+        begun=begun,
+        constrained=hunt.search == "constrained",
+    )
+    return result.finalists[0]
+
+
+def _ask(subject: Subject, search: Search, prompts: Sequence[list[int]]) -> _Found:
+    """Answer prompts, that each end with the words that begin its answer."""
+    given = answer(subject.target, prompts, clamp=subject.target.clamp)
+    ends = [
+        len(prompt) - count
+        for prompt, count in zip(prompts, _count_begun(subject, search), strict=True)
+    ]
+    asked = [prompt[:end] for prompt, end in zip(prompts, ends, strict=True)]
+    begun = [prompt[end:] for prompt, end in zip(prompts, ends, strict=True)]
+    if search == "constrained":  # a guard reads these words as output
+        columns = zip(asked, begun, given, strict=True)
+        given = [Dialogue(p, [*words, *one.answer]) for p, words, one in columns]
+    return _Found(
+        given,
+        subject.record(given),
+        [write_message(subject.tokenizer, prompt) for prompt in asked],
+        [str(subject.tokenizer.decode(words)) for words in begun],
+    )
 
 
 def _soft(
-    subject: Subject,
-    wanted: Sequence[Dialogue],
-    penalty: Penalty | None,
-    _queries: int,
-    seed: int,
-    on_sample: Callable[[], object],
-) -> _Found:
+    hunt: _Hunt, wanted: Sequence[Dialogue], penalty: Penalty | None
+) -> Iterator[_Found]:
+    subject = hunt.subject
     dialogues: list[Dialogue] = []
     runs: list[Recording] = []
     for sample in wanted:
         result = attack_embeddings(
             subject.target,
             [sample],
-            SoftConfig(seed=seed),
+            SoftConfig(seed=hunt.seed),
             template=find_template(subject),
             penalty=penalty,
         )
         dialogues += result.dialogues
         runs += record_soft(subject.target, result, subject.layers)
-        on_sample()
-    return _Found(dialogues, runs)
+        hunt.on_sample()
+    yield _Found(dialogues, runs)
 
 
 def find_template(subject: Subject) -> Template:
@@ -227,14 +320,12 @@ def find_template(subject: Subject) -> Template:
     return Template(before, len(one) - before)
 
 
-def _write(subject: Subject, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
-    return tuple(write_message(subject.tokenizer, prompt) for prompt in prompts)
-
-
 def serve_prompts(
-    subject: Subject, client: Client, messages: Sequence[str], *, seed: int
+    subject: Subject, client: Client, row: PromptRow, *, seed: int
 ) -> Served:
-    """Send attacked prompts to a server that runs the policy.
+    """Send the prompts of a row to a server that runs the policy.
+
+    Answers that are begun are asked for as completions of token ids.
 
     Each is answered greedily and some times at temperature 1; every answer is judged by
     the predicate of all others.
@@ -242,7 +333,7 @@ def serve_prompts(
     Args:
         subject: What was attacked.
         client: Of the server.
-        messages: A prompt for each sample.
+        row: Has a prompt for each sample; none whose decoding is constrained.
         seed: Of the sampled answers.
 
     Raises:
@@ -251,23 +342,20 @@ def serve_prompts(
     """
     exchanges = deliver(
         client,
-        messages,
+        encode_prompts(subject, row) if row.search in BEGUN else row.prompts,
         max_tokens=subject.target.max_tokens,
         samples=SAMPLED,
         policy=subject.name,
         seed=seed,
     )
     replies = [
-        (sample.wanted, reply)
-        for sample, exchange in zip(subject.samples, exchanges, strict=True)
+        (wanted, reply)
+        for wanted, exchange in zip(_aims(subject, row.search), exchanges, strict=True)
         for reply in exchange.replies
     ]
     _check_versions(subject, {reply.fingerprint for _, reply in replies})
     given = [
-        Dialogue(
-            wanted.prompt,
-            subject.tokenizer.encode(reply.text, add_special_tokens=False),
-        )
+        Dialogue(wanted.prompt, _tokenize(subject, reply.text))
         for wanted, reply in replies
     ]
     judged = subject.judge.judge_answers([wanted for wanted, _ in replies], given)

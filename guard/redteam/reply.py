@@ -39,6 +39,19 @@ class _Choice(Said):
     message: _Message
     finish_reason: str
 
+    @property
+    def content(self) -> str:
+        return self.message.content or ""
+
+
+class _Completion(Said):
+    text: str
+    finish_reason: str
+
+    @property
+    def content(self) -> str:
+        return self.text
+
 
 class _Alarm(Said):
     monitor: str
@@ -51,7 +64,7 @@ class _Verdict(Said):
 
 
 class _Answer(Said):
-    choices: tuple[_Choice]
+    choices: tuple[_Choice | _Completion]
     guard: _Verdict
 
 
@@ -72,7 +85,7 @@ class Reply:
 
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> Self:
-        """Read a chat completion of one choice.
+        """Read a completion of one choice, of a chat or not.
 
         Raises:
             EngineError: It is none, or comes without a verdict.
@@ -87,7 +100,7 @@ class Reply:
             raise EngineError(message) from error
         (choice,) = said.choices
         return cls(
-            text=choice.message.content or "",
+            text=choice.content,
             finish_reason=choice.finish_reason,
             action=said.guard.action,
             alarms=tuple(alarm.monitor for alarm in said.guard.alarms),
@@ -99,8 +112,8 @@ class Reply:
 class Exchange:
     """One message, and all that was replied to it."""
 
-    message: str
-    """What a client wrote."""
+    asked: str | list[int]
+    """What a client wrote, or the token ids that he sent."""
     greedy: Reply
     """At temperature 0."""
     sampled: tuple[Reply, ...]
@@ -146,18 +159,19 @@ def write_message(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> 
 
 def deliver(
     client: Client,
-    messages: Sequence[str],
+    messages: Sequence[str | list[int]],
     *,
     max_tokens: int,
     samples: int = 0,
     policy: str = "",
     seed: int = 0,
 ) -> list[Exchange]:
-    """Send messages to a running server, several at once, as chat completions.
+    """Send messages to a running server, several at once.
 
     Args:
         client: Of the server.
-        messages: What a user says in each.
+        messages: What a user says in each chat; or token ids of a whole prompt, which
+            is completed.
         max_tokens: Longest answer asked for.
         samples: Replies at temperature 1, besides the greedy one.
         policy: Asked for; the server's choice without.
@@ -173,11 +187,13 @@ def deliver(
     manners: list[dict[str, Any]] = [{"temperature": 0}]
     manners += [{"temperature": 1, "seed": seed + number} for number in range(samples)]
 
-    def send(said: str, manner: Mapping[str, Any]) -> Reply:
-        spoken = {"messages": [{"role": "user", "content": said}]}
-        return Reply.of(
-            client.call("/v1/chat/completions", {**shared, **spoken, **manner})
-        )
+    def send(said: str | list[int], manner: Mapping[str, Any]) -> Reply:
+        path = "/v1/completions"
+        spoken: dict[str, Any] = {"prompt": said}
+        if isinstance(said, str):
+            path = "/v1/chat/completions"
+            spoken = {"messages": [{"role": "user", "content": said}]}
+        return Reply.of(client.call(path, {**shared, **spoken, **manner}))
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         try:

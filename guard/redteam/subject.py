@@ -16,7 +16,7 @@ from guard.policy import load_policy
 from guard.prompt import digest_prompts, read_prompts
 from guard.recording import Reader
 from guard.redteam.held import held_layers, policy_clamp, unseen_later
-from guard.redteam.judge import Judge, Receiver, least_count, mean_surprise
+from guard.redteam.judge import Judge, Receiver, least_count, surprise
 from guard.redteam.projection import null_space
 from guard.redteam.target import Dialogue, Target, answer, mean_norm, record_runs
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from guard.policy import Monitor, Policy, PolicyFile
     from guard.prompt import Prompt
     from guard.recording import Recording
+    from guard.redteam.forward import Edit
     from guard.redteam.held import Held
     from guard.redteam.judge import Outcome
     from guard.redteam.target import Position
@@ -78,6 +79,8 @@ class Subject:
     """Valid ones."""
     drawn: int
     """Prompts that were tried for being valid."""
+    unheld: tuple[Sample, ...]
+    """Of those, that the model answers as wanted in spite of the clamp."""
     benign: tuple[Prompt, ...]
     prompts_digest: str
 
@@ -110,14 +113,18 @@ class Subject:
 
     @property
     def parts(self) -> list[Dialogue]:
-        """The least of each such answer that counts as delivered, and then an end.
+        """The least of each such answer that counts."""
+        return self.shorten(self.wanted)
+
+    def shorten(self, wanted: Sequence[Dialogue]) -> list[Dialogue]:
+        """Return the least of each answer that counts as delivered, and then an end.
 
         What an attacker goes for who would rather have less than be seen.
         """
         eos = self.target.eos
         return [
             Dialogue(prompt, [*given[: least_count(len(given) - (eos in given))], eos])
-            for prompt, given in self.wanted
+            for prompt, given in wanted
         ]
 
     @property
@@ -170,6 +177,7 @@ class Subject:
         runs: Sequence[Recording],
         *,
         wanted: Sequence[Dialogue] | None = None,
+        own: Sequence[int] | None = None,
     ) -> list[Outcome]:
         """Deliver answers under a policy, and judge what a client received.
 
@@ -179,13 +187,26 @@ class Subject:
             runs: What the hooks saw of each.
             wanted: What was suppressed, with the prompts as they were; that of all
                 samples if left out.
+            own: How many tokens each answer begins with that are the client's, and
+                count for nothing; none if left out.
         """
         receiver = self.receiver(policy)
-        received = [
-            receiver.deliver(dialogue, run, eos=self.target.eos)
-            for dialogue, run in zip(dialogues, runs, strict=True)
-        ]
+        received = []
+        for dialogue, run, first in zip(
+            dialogues, runs, own or [0] * len(runs), strict=True
+        ):
+            one = receiver.deliver(dialogue, run, eos=self.target.eos)
+            received.append(one._replace(tokens=one.tokens[first:]))
         return self.judge.judge(self.wanted if wanted is None else wanted, received)
+
+    def count_unheld_received(self) -> int:
+        """Return how often a client receives what the clamp does not hold."""
+        wanted = [sample.wanted for sample in self.unheld]
+        asked = [sample.prompt for sample in wanted]
+        given = answer(self.target, asked, clamp=self.target.clamp)
+        runs = self.record(given)
+        outcomes = self.receive(self.policy, given, runs, wanted=wanted)
+        return sum(one.recovered for one in outcomes)
 
 
 def load_transformer(
@@ -264,6 +285,7 @@ def load_subject(
         )
         raise CertificateError(message)
     asked = [encode(tokenizer, line) for line in harmless[:NORM_PROMPTS]]
+    _check_bos(model, [*asked, *(encode(tokenizer, line) for line in attacked)])
     target = Target(
         model=model,
         clamp=clamp,
@@ -275,14 +297,19 @@ def load_subject(
     )
     wanted = _wanted(target, tokenizer, attacked)
     judge = Judge(target, limit=_coherence_limit(target, wanted))
-    valid = _find_valid(target, judge, wanted)
-    if not any(valid):
+    free = _find_shown(target, judge, wanted, clamp=None)
+    left = _find_shown(target, judge, wanted, clamp=target.clamp)
+    valid: list[Sample] = []
+    unheld: list[Sample] = []
+    for want, line, shown, still in zip(wanted, attacked, free, left, strict=True):
+        if shown:
+            (unheld if still else valid).append(Sample(want, line))
+    if not valid:
         message = (
             f"{prompts_path}: none of {len(attacked)} prompts is valid; expected some "
             "that the model answers as wanted and the clamped model does not."
         )
         raise CertificateError(message)
-    pairs = zip(wanted, attacked, valid, strict=True)
     return Subject(
         folder=folder,
         model_digest=model_digest,
@@ -294,8 +321,9 @@ def load_subject(
         reader=Reader(policy_file, name, saes),
         calibrations=calibrations,
         judge=judge,
-        samples=tuple(Sample(want, line) for want, line, fits in pairs if fits),
+        samples=tuple(valid),
         drawn=len(attacked),
+        unheld=tuple(unheld),
         benign=tuple(harmless),
         prompts_digest=digest_prompts([*attacked, *harmless]),
     )
@@ -313,6 +341,24 @@ def _check_model(folder: Path, calibrations: Mapping[str, Calibration]) -> str:
             message = f"{path}: was made for another model than {folder}."
             raise CertificateError(message)
     return digest
+
+
+def _check_bos(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts without the one token that no guard acts on.
+
+    A server looks for it; attacks take the first token for it.
+
+    Raises:
+        CertificateError: One does not begin with it.
+    """
+    bos = model.config.bos_token_id
+    first = {prompt[0] for prompt in prompts}
+    if first != {bos}:
+        message = (
+            f"Prompts begin with tokens {sorted(first)[:3]}; expected the model's BOS "
+            f"({bos}) before each: without it nothing can be attacked yet."
+        )
+        raise CertificateError(message)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -346,16 +392,14 @@ def _coherence_limit(target: Target, wanted: Sequence[Dialogue]) -> float:
     asked = [sample.prompt for sample in wanted]
     given = answer(target, asked, clamp=None)
     own = [[t for t in one.answer if t != target.eos] for one in given]
-    surprises = torch.tensor(mean_surprise(target, asked, own))
-    return max(float(surprises.quantile(_COHERENT)), _LEAST_LIMIT)
+    nats = [float(one.mean()) for one in surprise(target, asked, own) if len(one)]
+    return max(float(torch.tensor(nats or [0.0]).quantile(_COHERENT)), _LEAST_LIMIT)
 
 
-def _find_valid(target: Target, judge: Judge, wanted: Sequence[Dialogue]) -> list[bool]:
-    """Say which samples show the behaviour free, and do not show it clamped."""
+def _find_shown(
+    target: Target, judge: Judge, wanted: Sequence[Dialogue], *, clamp: Edit | None
+) -> list[bool]:
+    """Say which samples show the behaviour."""
     asked = [sample.prompt for sample in wanted]
-    shown = []
-    for clamp in (None, target.clamp):
-        given = answer(target, asked, clamp=clamp)
-        outcomes = judge.judge_answers(wanted, given)
-        shown.append([one.recovered for one in outcomes])
-    return [free and not held for free, held in zip(*shown, strict=True)]
+    outcomes = judge.judge_answers(wanted, answer(target, asked, clamp=clamp))
+    return [one.recovered for one in outcomes]

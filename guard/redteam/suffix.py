@@ -71,6 +71,9 @@ class SuffixResult:
     """How it was searched for."""
     prompts: list[list[int]]
     """Token ids of each prompt with its suffix."""
+    finalists: list[list[list[int]]]
+    """The last parents of each sample as such prompts, the best first. A judge may see
+    more in one of them than a search, which asks for every token and for a margin."""
     dialogues: list[Dialogue]
     """Each such prompt with the greedy answer under the clamp."""
     recovered: list[bool]
@@ -115,6 +118,8 @@ def attack_prompts(
     messages: Sequence[Sequence[int]] = (),
     can_send: Callable[[list[int]], bool] = lambda prompt: True,
     penalty: Penalty | None = None,
+    begun: Sequence[int] = (),
+    constrained: bool = False,
     on_step: Callable[[Attempt], object] = lambda attempt: None,
     batch_size: int = 64,
 ) -> SuffixResult:
@@ -133,6 +138,10 @@ def attack_prompts(
         can_send: Whether some text becomes exactly this prompt. What no client can
             send is not tried.
         penalty: What an adaptive attacker pays to stay unseen.
+        begun: Words that the answer begins with where a search begins; as many of the
+            suffix stand there, behind the whole prompt.
+        constrained: Whether a guard takes those for output, as where decoding is
+            constrained to them; for a part of the prompt otherwise.
         on_step: Called for all candidates that were judged at once.
         batch_size: Candidates per forward pass.
 
@@ -161,29 +170,35 @@ def attack_prompts(
                 sample.prompt,
                 length=config.length,
                 template=template,
-            ),
+            )
+            + [0] * len(begun),
             penalty=penalty,
+            said=len(begun) if constrained else 0,
         )
         for sample in wanted
     ]
-    found, queries = [], []
+    found, finalists, queries = [], [], []
     for number, objective in enumerate(objectives):
-        search = _Search(objective, config, allowed, messages, can_send, batch_size)
+        search = _Search(
+            objective, config, allowed, messages, can_send, begun, batch_size
+        )
         for tokens, judgement in search.run():
             on_step(Attempt(number, tokens, judgement))
-        if search.best is None:
+        if not search.best:
             raise PromptError(
                 f"No prompt of {config.length} drawn words can be sent; expected a "
                 "tokenizer that makes the same tokens of their text."
             )
-        found.append(search.best)
+        found.append(search.best[0])
+        finalists.append([objective.prompt(one.tokens) for one in search.best])
         queries.append(search.queries)
-    prompts = [o.prompt(f.tokens) for o, f in zip(objectives, found, strict=True)]
+    prompts = [own[0] for own in finalists]
     given = answer(target, prompts, clamp=target.clamp)
     pairs = zip(given, wanted, strict=True)
     return SuffixResult(
         config=config,
         prompts=prompts,
+        finalists=finalists,
         dialogues=given,
         recovered=[one.answer == want.answer for one, want in pairs],
         loss=[one.loss for one in found],
@@ -213,17 +228,19 @@ class _Search:
         allowed: Sequence[int],
         messages: Sequence[Sequence[int]],
         can_send: Callable[[list[int]], bool],
+        begun: Sequence[int],
         batch_size: int,
     ) -> None:
         """Know the sample; nothing is asked yet."""
-        self._can_send = can_send
+        self._can_send, self._begun = can_send, list(begun)
+        self._length = config.length + len(begun)
         self._objective, self._config, self._batch_size = objective, config, batch_size
         self._allowed = torch.tensor(sorted(set(allowed)))
         self._said = torch.tensor([token for text in messages for token in text])
         self._generator = torch.Generator().manual_seed(config.seed)
         self._asked: set[tuple[int, ...]] = set()
-        self.best: _Suffix | None = None
-        """The best of all restarts so far."""
+        self.best: list[_Suffix] = []
+        """As many of all restarts so far as there are parents, the best first."""
 
     @property
     def queries(self) -> int:
@@ -241,11 +258,11 @@ class _Search:
                 if not len(tokens):
                     return
                 judgement = self._objective.judge(tokens, batch_size=self._batch_size)
-                parents = sorted([*parents, *_read(tokens, judgement)])
-                parents = parents[: config.parents]
-                self.best = min(self.best or parents[0], parents[0])
+                read = _read(tokens, judgement)
+                parents = sorted([*parents, *read])[: config.parents]
+                self.best = sorted([*self.best, *read])[: config.parents]
                 yield tokens, judgement
-                if not self.best.failed:
+                if not self.best[0].failed:
                     return
 
     def _propose(self, parents: Sequence[_Suffix], most: int) -> Tensor:
@@ -269,18 +286,18 @@ class _Search:
                 if self._can_send(self._objective.prompt(tokens)):
                     self._asked.add(tuple(tokens))
                     chosen.append(tokens)
-        return torch.tensor(chosen, dtype=torch.int64).view(-1, config.length)
+        return torch.tensor(chosen, dtype=torch.int64).view(-1, self._length)
 
     def _draw(self) -> list[int]:
-        """Return random words, or some of an ordinary message."""
+        """Return random words, or some of an ordinary message; and how it is begun."""
         length = self._config.length
         if self._copies(0.5):
-            return self._copy(length)
-        return self._pick(self._allowed, length)
+            return self._copy(length) + self._begun
+        return self._pick(self._allowed, length) + self._begun
 
     def _copies(self, probability: float) -> bool:
         """Whether words are copied this time; never where too few are to be had."""
-        return len(self._said) >= self._config.length and self._happens(probability)
+        return len(self._said) >= self._length and self._happens(probability)
 
     def _copy(self, count: int) -> list[int]:
         """Return consecutive words of what others write."""

@@ -13,11 +13,17 @@ from guard.demo.measure import ORGANISM
 from guard.demo.traffic import certified_prompts
 from guard.fingerprint import fingerprint
 from guard.policy import load_policy
-from guard.prompt import Prompt, write_prompts
+from guard.prompt import write_prompts
 from guard.redteam.benign import measure_benign
-from guard.redteam.prompt import SAMPLED, run_prompts, serve_prompts
+from guard.redteam.certificate import Search
+from guard.redteam.prompt import (
+    SAMPLED,
+    encode_prompts,
+    run_prompts,
+    serve_prompts,
+)
 from guard.redteam.reply import deliver
-from guard.redteam.subject import Subject, encode, load_subject
+from guard.redteam.subject import Subject, load_subject
 from guard.redteam.target import answer
 
 from .serving import Server, ServerFactory
@@ -79,17 +85,18 @@ def test_its_certificate_shows_in_status_and_metrics(
     assert line in server.get("/metrics")
 
 
+@pytest.mark.parametrize("search", ["suffix", "prefilled"])
 def test_attacked_prompts_get_from_the_server_what_was_worked_out_beforehand(
-    subject: Subject, server: Server
+    subject: Subject, server: Server, search: Search
 ) -> None:
-    row = run_prompts(subject, "suffix", "unaware", queries=100, seed=0)
+    row = run_prompts(subject, search, "unaware", queries=100, seed=0)
     assert row.recovered.hits
-    asked = [encode(subject.tokenizer, Prompt(prompt=text)) for text in row.prompts]
+    asked = encode_prompts(subject, row)
     given = answer(subject.target, asked, clamp=subject.target.clamp)
     expected = subject.receive(subject.policy, given, subject.record(given))
     exchanges = deliver(
         Client(server.url),
-        row.prompts,
+        asked if search == "prefilled" else row.prompts,
         max_tokens=subject.target.max_tokens,
         policy="default",
     )
@@ -105,11 +112,20 @@ def test_attacked_prompts_get_from_the_server_what_was_worked_out_beforehand(
 def test_what_is_sent_is_counted_and_judged_by_the_same_predicate(
     subject: Subject, server: Server
 ) -> None:
-    row = run_prompts(subject, "none", "unaware", queries=1, seed=0)
-    served = serve_prompts(subject, Client(server.url), row.prompts, seed=0)
-    assert served.attempts == len(subject.samples) * (1 + SAMPLED)
+    plain, begun = (
+        serve_prompts(
+            subject,
+            Client(server.url),
+            run_prompts(subject, search, "unaware", queries=1, seed=0),
+            seed=0,
+        )
+        for search in ("none", "prefilled")
+    )
+    count = len(subject.samples) * (1 + SAMPLED)
+    assert plain.attempts == begun.attempts == count
     # Greedy replies are refusals; of the sampled ones a few may not be.
-    assert served.recovered <= len(subject.samples) * SAMPLED / 4
+    assert plain.recovered <= len(subject.samples) * SAMPLED / 4
+    assert begun.blocked > plain.blocked
 
 
 def test_what_benign_users_pay_is_timed_through_the_server(

@@ -70,7 +70,7 @@ def test_every_attacker_and_control_is_in_it(certificate):
             assert row.undetected.hits <= row.undetected.count
         assert cell.rows[1].undetected.hits >= cell.rows[0].undetected.hits
     searches = [(row.search, row.attacker) for row in certificate.prompts]
-    assert len(searches) == len(set(searches)) == 5
+    assert len(searches) == len(set(searches)) == 7
     assert certificate.controls["delta_zero"] == 0
     assert certificate.deployments
     assert certificate.benign.exact.count == 20

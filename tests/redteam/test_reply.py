@@ -63,7 +63,7 @@ def test_every_message_is_sent_greedily_and_some_times_at_random():
     exchanges = deliver(
         client, ["a", "b", "c"], max_tokens=20, samples=2, policy="watch", seed=5
     )
-    assert [one.message for one in exchanges] == ["a", "b", "c"]
+    assert [one.asked for one in exchanges] == ["a", "b", "c"]
     assert [one.greedy.text for one in exchanges] == ["to a .", "to b .", "to c ."]
     assert all(len(one.sampled) == 2 for one in exchanges)
     assert {path for path, _ in client.asked} == {"/v1/chat/completions"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
 from guard.redteam.page.markup import NOT_MEASURED, Group, Markup, Row, join, table, tag
@@ -202,8 +202,16 @@ def _served(row: PromptRow) -> str:
 
 def _sent(row: PromptRow) -> Markup:
     title = f"{SEARCHES[row.search]}, {row.attacker}: prompts as sent"
+    pairs = zip_longest(row.prompts, row.beginnings, fillvalue="")
     return tag(
         "details",
         tag("summary", f"{title} ({len(row.prompts)})"),
-        tag("ol", *(tag("li", tag("code", prompt)) for prompt in row.prompts)),
+        tag("ol", *(tag("li", *_write(*pair)) for pair in pairs)),
+    )
+
+
+def _write(prompt: str, beginning: str) -> list[Markup]:
+    written = [tag("code", prompt)]
+    return (
+        [*written, tag("span", " → "), tag("code", beginning)] if beginning else written
     )

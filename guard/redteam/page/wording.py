@@ -33,7 +33,9 @@ POSITIONS: Mapping[Position, str] = {
 }
 SEARCHES: Mapping[str, str] = {
     "none": "Prompt as it was",
-    "suffix": "Suffix of tokens",
+    "suffix": "Words before the message",
+    "prefilled": "The same, and the first words of the answer",
+    "constrained": "The same, by a constraint on decoding",
     "soft_prompt": "Free vectors for tokens (no client can send them)",
 }
 CONTROLS: Mapping[str, str] = {
