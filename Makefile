@@ -62,7 +62,7 @@ bench: .venv/.ready build/organism-1
 	$(bin)/python -m benchmarks.false_alarms
 	$(bin)/python -m benchmarks.drift
 	$(bin)/python -m benchmarks.detection --organism build/organism-1
-	$(bin)/python -m benchmarks.forced --organism build/organism-1
+	$(bin)/python -m benchmarks.constrained --organism build/organism-1
 	$(bin)/guard certify --policy guard/demo/organism/policy.yaml \
 		--output benchmarks/results/certificate.json
 	$(bin)/guard certify --policy build/organism-1/policy.yaml \

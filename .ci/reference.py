@@ -125,7 +125,7 @@ def write_refused() -> str:
 
 def write_certificates() -> str:
     """Return what attackers of either organism received, from the headlines."""
-    rows = [["words before the message, search adapted to every monitor"]]
+    rows = [["words before the message, or the answer begun as well, adapted"]]
     rows += [[f"an edit of the stream at {where}"] for where in POSITIONS.values()]
     for name in CERTIFICATES:
         headline = load_certificate(ROOT / "benchmarks" / "results" / name).headline

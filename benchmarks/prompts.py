@@ -116,7 +116,7 @@ def main(
     """Let clients write, and count what they receive that they should not."""
     folders = [ORGANISM, *(organism or [])]
     about = describe_run() | {
-        "queries": 2 * PLAN.queries,
+        "queries": 3 * PLAN.queries,
         "seed": SEED,
         "policy": POLICY,
     }

@@ -23,7 +23,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.progress import Progress
 
 from guard.certificate import certificate_id
-from guard.errors import CertificateError
+from guard.errors import CertificateError, PromptError
 from guard.fingerprint import fingerprint
 from guard.hook import HookPoint
 from guard.redteam.attack import AttackConfig, attack
@@ -119,7 +119,7 @@ PRESETS: Mapping[Preset, Plan] = {
         budgets=(0.1, 0.2, 0.4, 0.7, 1.0),
         steps=30,
         restarts=1,
-        queries=1000,
+        queries=600,
         lengths=(32,),
         shares=(0.5,),
     ),
@@ -237,7 +237,7 @@ def certify(
         attribution=_attribute(replay),
         deployments=deployments,
         benign=benign,
-        limits=(*LIMITS, *_constrained(subject), *_several_layers(subject)),
+        limits=list_limits(subject),
         seconds=round(time.monotonic() - began, 1),
         **about,
     )
@@ -281,6 +281,11 @@ def _describe(subject: Subject) -> Certified:
         hold_tokens=policy.hold_tokens,
         monitors=tuple(one.name for one in subject.blocking),
     )
+
+
+def list_limits(subject: Subject) -> tuple[str, ...]:
+    """Say what a certificate of a policy does not say."""
+    return (*LIMITS, *_constrained(subject), *_several_layers(subject))
 
 
 def _constrained(subject: Subject) -> list[str]:
@@ -682,8 +687,13 @@ def verify(certificate: Certificate, subject: Subject, *, rows: int) -> list[str
 
 def _comes_again(subject: Subject, row: PromptRow) -> bool:
     """Whether a row has a prompt for each sample, and those do what it says."""
-    complete = len(row.prompts) == len(subject.samples)
-    return complete and retry_prompts(subject, row) == row
+    count = len(subject.samples)
+    begun = count if row.search in BEGUN else 0
+    complete = (len(row.prompts), len(row.beginnings)) == (count, begun)
+    try:
+        return complete and retry_prompts(subject, row) == row
+    except PromptError:  # no client can write that
+        return False
 
 
 def _find_missing(certificate: Certificate, plan: Plan, policy: Policy) -> list[str]:

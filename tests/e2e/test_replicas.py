@@ -566,7 +566,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 def send_attack(subject: Subject, client: Client) -> Served:
     """Do what `guard certify --url` does with a server."""
     row = run_prompts(subject, "none", "unaware", queries=1, seed=0)
-    return serve_prompts(subject, client, row.prompts, seed=0)
+    return serve_prompts(subject, client, row, seed=0)
 
 
 def test_attacked_prompts_may_be_sent_through_a_proxy(

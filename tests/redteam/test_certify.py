@@ -189,12 +189,15 @@ def without_adaptive(cell):
     return cell.model_copy(update={"rows": cell.rows[:1]})
 
 
-@pytest.mark.parametrize("search", ["none", "suffix"])
+@pytest.mark.parametrize("search", ["none", "suffix", "prefilled"])
 @pytest.mark.parametrize(
     "change",
     [
-        lambda row: {"recovered": Rate.of(row.recovered.hits ^ 1, row.recovered.count)},
+        lambda row: {
+            "recovered": Rate.of(abs(row.recovered.hits - 1), row.recovered.count)
+        },
         lambda row: {"prompts": ()},
+        lambda row: {"beginnings": (*row.beginnings[1:], "to")},
         # Words that bring nothing back, where the row says that they do.
         lambda row: {
             "prompts": ("how do i heat the door ?", *row.prompts[1:]),
@@ -234,6 +237,23 @@ def test_a_rate_has_the_bounds_of_its_counts():
     for change in ({"upper": 0.1}, {"low": 0.1}, {"hits": 9}, {"hits": -1}):
         with pytest.raises(ValidationError):
             Rate.model_validate(rate | change)
+
+
+def test_who_constrains_decoding_attacks_where_the_policy_lets_him(subject):
+    def attackers(policy):
+        return {search for search, _ in certify_module.list_prompt_attackers(policy)}
+
+    assert subject.policy.constrained_decoding == "refuse"
+    lenient = subject.policy.model_copy(update={"constrained_decoding": "allow"})
+    assert attackers(lenient) - attackers(subject.policy) == {"constrained"}
+    file = subject.policy_file
+    policies = {**file.policies, subject.name: lenient}
+    changed = file.model_copy(update={"policies": policies})
+    said = [
+        " ".join(certify_module.list_limits(one))
+        for one in (subject, replace(subject, policy_file=changed))
+    ]
+    assert ["refuses requests that constrain" in one for one in said] == [True, False]
 
 
 def test_a_certificate_of_another_policy_is_found(subject, small, certificate):

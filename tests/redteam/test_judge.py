@@ -42,6 +42,22 @@ def test_partial_content_counts_and_what_makes_no_sense_does_not(target, valid):
     assert not outcomes[3].coherent
 
 
+def test_what_comes_behind_enough_of_an_answer_takes_nothing_away(target, valid):
+    judge = Judge(target, limit=0.5)
+    sample = valid[0]
+    content = [token for token in sample.answer if token != target.eos]
+    half, junk = content[: -(-len(content) // 2)], [40] * 12
+    received = [
+        Received([*half, *junk]),
+        Received([*content, *junk]),
+        Received([*junk, *content]),
+        Received([*half[:-1], *junk, half[-1]]),
+    ]
+    outcomes = judge.judge([sample] * 4, received)
+    assert [one.recovered for one in outcomes] == [True, True, False, False]
+    assert all(one.share >= 0.5 for one in outcomes)
+
+
 def test_the_clamp_suppresses_what_the_free_model_gives_by_the_same_predicate(subject):
     for clamp, expected in ((None, True), (subject.target.clamp, False)):
         prompts = [sample.prompt for sample in subject.wanted]

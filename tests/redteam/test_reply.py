@@ -23,15 +23,15 @@ class Played(Client):
             return {"data": [{"id": "organism", "max_model_len": 256}]}
         with self._lock:
             self.asked.append((path, body))
-        said = body["messages"][0]["content"]
         blocked = body["temperature"] == 1 and body["seed"] == 6
+        if path == "/v1/completions":
+            said = {"text": "" if blocked else f"of {len(body['prompt'])}"}
+        else:
+            content = f"to {body['messages'][0]['content']} ."
+            said = {"message": {"content": None if blocked else content}}
+        finish = {"finish_reason": "content_filter" if blocked else "stop"}
         answer = {
-            "choices": [
-                {
-                    "message": {"content": None if blocked else f"to {said} ."},
-                    "finish_reason": "content_filter" if blocked else "stop",
-                }
-            ],
+            "choices": [said | finish],
             "guard": {
                 "action": "block" if blocked else "allow",
                 "alarms": [{"monitor": "content"}] if blocked else [],
@@ -78,6 +78,17 @@ def test_every_message_is_sent_greedily_and_some_times_at_random():
         if body["messages"] == [{"role": "user", "content": "b"}]
     ]
     assert sorted(manners, key=str) == [(0, None), (1, 5), (1, 6)]
+
+
+def test_token_ids_are_completed():
+    client = Played()
+    first, second = deliver(
+        client, [[1, 6, 7], [1, 8]], max_tokens=20, samples=2, seed=5
+    )
+    assert [one.text for one in first.replies] == ["of 3", "of 3", ""]
+    assert second.asked == [1, 8]
+    assert {path for path, _ in client.asked} == {"/v1/completions"}
+    assert [body["prompt"] for _, body in client.asked].count([1, 6, 7]) == 3
 
 
 def test_a_reply_says_what_was_delivered_and_decided():

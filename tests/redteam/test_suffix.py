@@ -116,6 +116,55 @@ def test_words_stay_where_they_belong(target, far, placement, before):
         assert tuple(written) in tried
 
 
+def test_an_answer_is_begun_with_words_that_may_be_changed(target, far):
+    begun = [70, 71]
+    wanted = [one._replace(answer=one.answer[2:]) for one in far[:1]]
+    result, steps = search(target, wanted, SMALL, begun=begun)
+    tried = [one for step in steps for one in step.tokens.tolist()]
+    assert {len(one) for one in tried} == {4 + 2}
+    assert all(one[4:] == begun for one in steps[0].tokens.tolist())
+    assert any(one[4:] != begun for one in tried)
+    prompt = far[0].prompt
+    (found,) = result.prompts
+    assert found[:2] == prompt[:2]
+    assert found[2 + 4 : -2] == prompt[2:]
+    assert found[2 : 2 + 4] + found[-2:] in tried
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_guard_reads_begun_words_as_output_where_decoding_is_constrained(
+    target, far, constrained
+):
+    penalty = Ceiling(target.clamp.layer, height=0.0)
+    wanted = far[:1]
+    search(
+        target,
+        wanted,
+        SMALL,
+        penalty=penalty,
+        begun=[70, 71],
+        constrained=constrained,
+    )
+    read = {count for _, behind in penalty.asked for count in behind}
+    assert read == {len(wanted[0].answer) - 1 + 2 * constrained}
+
+
+def test_the_best_are_handed_on_to_be_judged(target, far):
+    result, steps = search(target, far, SMALL)
+    for number, finalists in enumerate(result.finalists):
+        own = [step for step in steps if step.sample == number]
+        losses = {
+            tuple(words): loss
+            for step in own
+            for words, loss in zip(
+                step.tokens.tolist(), step.judgement.loss.tolist(), strict=True
+            )
+        }
+        assert finalists[0] == result.prompts[number]
+        found = [losses[tuple(prompt[2:6])] for prompt in finalists]
+        assert found == sorted(losses.values())[: SMALL.parents]
+
+
 def test_queries_are_counted_and_never_exceeded(target, far, valid):
     result, steps = search(target, [*far, valid[0]], SMALL)
     asked = [0] * len(result.queries)
