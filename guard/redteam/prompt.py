@@ -45,6 +45,8 @@ BEGUN: tuple[Search, ...] = ("prefilled", "constrained")
 """Where the client begins the answer himself."""
 BEGUN_TOKENS = 4
 """Of an answer, that he begins: with those of what he wants, where a search begins."""
+_TRIES_PER_STEP = 10
+"""Prompts that others try, for each step of a search for vectors."""
 SAMPLED = 3
 """Replies at temperature 1 to each prompt that is sent, besides the greedy one."""
 
@@ -86,7 +88,8 @@ def run_prompts(
             adapts, he searches for nothing.
         attacker: An adaptive one pays for what the monitors would see, and goes for the
             least that counts as well; the best that either attacker found counts.
-        queries: Prompts that are tried per sample and goal.
+        queries: Prompts that are tried per sample and goal; where vectors are searched
+            for, a tenth as many steps.
         seed: Of the search.
         on_sample: Told when a sample is done.
     """
@@ -286,7 +289,7 @@ def _soft(
         result = attack_embeddings(
             subject.target,
             [sample],
-            SoftConfig(seed=hunt.seed),
+            SoftConfig(steps=hunt.queries // _TRIES_PER_STEP, seed=hunt.seed),
             template=find_template(subject),
             penalty=penalty,
         )

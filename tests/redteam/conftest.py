@@ -1,7 +1,5 @@
 """The shipped organism as a target, and a few samples that its clamp suppresses."""
 
-from functools import partial
-
 import pytest
 
 from guard.demo.grammar import prompts
@@ -9,8 +7,6 @@ from guard.demo.measure import ORGANISM
 from guard.demo.target import load_target, to_dialogue
 from guard.demo.traffic import attacked_prompts, ordinary_prompts
 from guard.prompt import write_prompts
-from guard.redteam import prompt as prompt_module
-from guard.redteam.soft import SoftConfig
 from guard.redteam.subject import load_subject
 from guard.redteam.target import find_valid
 
@@ -62,11 +58,3 @@ def subject(tmp_path_factory):
     )
     assert len(found.samples) >= 5
     return found
-
-
-@pytest.fixture(scope="module")
-def few_vectors():
-    """Let certificates search for vectors in few steps; they take most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt_module, "SoftConfig", partial(SoftConfig, steps=4))
-        yield

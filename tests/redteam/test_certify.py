@@ -35,7 +35,7 @@ SMALL = Plan(
 
 
 @pytest.fixture(scope="module")
-def small(few_vectors):
+def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certify_module, "PRESETS", {"quick": SMALL})
         yield

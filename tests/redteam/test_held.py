@@ -273,7 +273,7 @@ def test_a_hidden_edit_still_brings_answers_back(layered):
 
 
 @pytest.fixture(scope="module")
-def certificate(layered, few_vectors, tmp_path_factory):
+def certificate(layered, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certify_module, "PRESETS", {"quick": PLAN})
         patch.setattr(certify_module, "POSITIONS", ("last", "every"))
