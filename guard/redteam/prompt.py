@@ -200,13 +200,20 @@ def _write_words(
 ) -> Iterator[_Found]:
     """Search for words, and yield the best for each sample, then the next best."""
     subject = hunt.subject
+    messages = [
+        _tokenize(subject, message["content"])
+        for prompt in subject.benign
+        for message in prompt.conversation
+    ]
     found: list[list[list[int]]] = []
     for sample, aim in zip(subject.samples, wanted, strict=True):
         begun = aim.prompt[len(sample.wanted.prompt) :]
         if begun and penalty is None:
             found.append([aim.prompt])
         else:
-            found.append(_search_words(hunt, sample, aim.answer, begun, penalty))
+            found.append(
+                _search_words(hunt, sample, aim.answer, begun, penalty, messages)
+            )
         hunt.on_sample()
     for rank in range(max(map(len, found))):
         prompts = [own[min(rank, len(own) - 1)] for own in found]
@@ -219,6 +226,7 @@ def _search_words(
     answer: list[int],
     begun: list[int],
     penalty: Penalty | None,
+    messages: Sequence[Sequence[int]],
 ) -> list[list[int]]:
     """Return prompts of which an answer might come, the words that begin it with them.
 
@@ -228,6 +236,7 @@ def _search_words(
         answer: What is wanted behind these words.
         begun: Words that the answer begins with; others may take their places.
         penalty: What an adaptive attacker pays.
+        messages: Ordinary ones, to copy words from.
     """
     subject = hunt.subject
 
@@ -246,11 +255,7 @@ def _search_words(
         SuffixConfig(queries=hunt.queries, seed=hunt.seed),
         template=find_template(subject),
         allowed=subject.words,
-        messages=[
-            _tokenize(subject, message["content"])
-            for prompt in subject.benign
-            for message in prompt.conversation
-        ],
+        messages=messages,
         can_send=can_send,
         penalty=penalty,
         begun=begun,
